@@ -1,0 +1,208 @@
+"""What a durable step costs: time and bytes beside raw SQLite, in one interleaved session on this machine.
+
+Run it with ``make bench-quick``; ``.venv/bin/python benchmarks/steps.py --help`` lists what can be varied.
+Milliseconds are this machine's: compare only figures of one run. Every figure is the median of the repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from framework.graph.checkpoint_manager import CheckpointManager
+from framework.graph.edge import EdgeCondition, EdgeSpec, GraphSpec
+from framework.graph.executor import GraphExecutor
+from framework.graph.goal import Goal
+from framework.graph.node import NodeContext, NodeResult, NodeSpec
+from framework.schemas.checkpoint import CheckpointConfig
+from framework.storage.sqlite import SQLiteStorage
+
+GOAL = Goal(id="bench", name="bench", description="measure")
+
+
+class QuietRuntime:
+    """A runtime that records nothing, so that only the executor and the store are measured."""
+
+    def start_run(self, **given: Any) -> str:
+        return "run_bench"
+
+    def end_run(self, **given: Any) -> None:
+        return None
+
+    def report_problem(self, **given: Any) -> str:
+        return ""
+
+
+class SmallState:
+    """Each step replaces one value of 1 KB."""
+
+    def validate_input(self, ctx: NodeContext) -> list[str]:
+        return []
+
+    async def execute(self, ctx: NodeContext) -> NodeResult:
+        number = (ctx.memory.read("n") or 0) + 1
+        return NodeResult(True, output={"n": number, "text": f"{number:<1024}"})
+
+
+class Conversation(SmallState):
+    """Each step appends one message of 1 KB."""
+
+    async def execute(self, ctx: NodeContext) -> NodeResult:
+        number = (ctx.memory.read("n") or 0) + 1
+        messages = ctx.memory.read("messages") or []
+        messages.append(os.urandom(512).hex())
+        return NodeResult(True, output={"n": number, "messages": messages})
+
+
+def loop_graph(until: int, append_only: list[str], max_steps: int | None = None) -> GraphSpec:
+    """One node that follows itself until ``until`` visits are done."""
+    return GraphSpec(
+        id="bench",
+        goal_id=GOAL.id,
+        entry_node="work",
+        max_steps=max_steps or until,
+        nodes=[NodeSpec(id="work")],
+        edges=[
+            EdgeSpec(
+                id="again",
+                source="work",
+                target="work",
+                condition=EdgeCondition.CONDITIONAL,
+                condition_expr=f"n < {until}",
+                input_mapping={"n": "n"},
+            )
+        ],
+        append_only_keys=append_only,
+    )
+
+
+def run_ours(path: Path | None, steps: int, node: SmallState, append_only: list[str]) -> tuple[float, int]:
+    """Seconds per step and bytes stored; ``path`` ``None`` runs without a manager."""
+    store = None if path is None else SQLiteStorage(path)
+    manager = None if store is None else CheckpointManager(store, CheckpointConfig())
+    executor = GraphExecutor(QuietRuntime(), node_registry={"work": node}, checkpoint_manager=manager)
+    graph = loop_graph(steps, append_only)
+    began = time.perf_counter()
+    result = asyncio.run(executor.execute(graph, GOAL, {}, run_id="bench"))
+    seconds = time.perf_counter() - began
+    if not result.success or result.steps_executed != steps:
+        raise SystemExit(f"the benchmark run failed: {result.error}")
+    if store is not None:
+        store.close()
+    return seconds / steps, stored_bytes(path)
+
+
+def run_raw(path: Path, steps: int) -> tuple[float, int]:
+    """Seconds per commit and bytes stored of one 1 KB row in each SQLite transaction (WAL, FULL)."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("CREATE TABLE rows (id INTEGER PRIMARY KEY, body BLOB)")
+    body = os.urandom(512).hex()
+    began = time.perf_counter()
+    for _ in range(steps):
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("INSERT INTO rows (body) VALUES (?)", (body,))
+        connection.execute("COMMIT")
+    seconds = time.perf_counter() - began
+    connection.close()
+    return seconds / steps, stored_bytes(path)
+
+
+def run_resume(path: Path, steps: int) -> tuple[float, int]:
+    """Seconds from opening the store to the next step's body, of a conversation of ``steps`` messages."""
+    reached: list[float] = []
+
+    class Timed(Conversation):
+        async def execute(self, ctx: NodeContext) -> NodeResult:
+            reached.append(time.perf_counter())
+            return await super().execute(ctx)
+
+    async def execute(limit: int, node: Conversation) -> None:
+        with SQLiteStorage(path) as store:
+            executor = GraphExecutor(
+                QuietRuntime(), node_registry={"work": node}, checkpoint_manager=CheckpointManager(store)
+            )
+            # The first run stops at its step limit, the second, with one step more, goes on.
+            await executor.execute(loop_graph(steps + 1, ["messages"], limit), GOAL, {}, run_id="bench")
+
+    asyncio.run(execute(steps, Conversation()))
+    began = time.perf_counter()
+    asyncio.run(execute(steps + 1, Timed()))
+    if len(reached) != 1:
+        raise SystemExit(f"the resumed run executed {len(reached)} steps, not 1")
+    return reached[0] - began, 0
+
+
+def run_import() -> tuple[float, int]:
+    """Seconds of ``import framework`` over those of an empty program."""
+
+    def once(code: str) -> float:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        return time.perf_counter() - began
+
+    return once("import framework") - once("pass"), 0
+
+
+def stored_bytes(path: Path | None) -> int:
+    """Size of a store's files once its log is folded in."""
+    if path is None:
+        return 0
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    return path.stat().st_size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=400, help="steps of each run")
+    parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats")
+    parser.add_argument("--folder", type=Path, default=None, help="where the stores go (default: a temporary folder)")
+    given = parser.parse_args()
+    steps: int = given.steps
+    work: dict[str, Callable[[Path], tuple[float, int]]] = {
+        "raw SQLite commit": lambda path: run_raw(path, steps),
+        "durable step, 1 KB replaced": lambda path: run_ours(path, steps, SmallState(), []),
+        "durable step, 1 KB appended": lambda path: run_ours(path, steps, Conversation(), []),
+        "  with the key append-only": lambda path: run_ours(path, steps, Conversation(), ["messages"]),
+        "step without a manager": lambda path: run_ours(None, steps, SmallState(), []),
+    }
+    times: dict[str, list[float]] = {name: [] for name in work}
+    sizes: dict[str, int] = {}
+    resumes: list[float] = []
+    imports: list[float] = []
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        for repeat in range(given.repeats):
+            for index, (name, run) in enumerate(work.items()):
+                print(f"\r{repeat + 1}/{given.repeats} {name:<30}", end="", file=sys.stderr, flush=True)
+                seconds, sizes[name] = run(Path(folder) / f"{repeat}-{index}.db")
+                times[name].append(seconds)
+            resumes.append(run_resume(Path(folder) / f"{repeat}-resume.db", 800)[0])
+            imports.append(run_import()[0])
+    print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
+    raw = statistics.median(times["raw SQLite commit"])
+    print(f"{steps} steps, median of {given.repeats}; SQLite {sqlite3.sqlite_version}, WAL, synchronous=FULL\n")
+    print(f"{'':<30}{'ms/step':>9}{'x raw':>8}{'bytes/step':>12}")
+    for name, measured in times.items():
+        seconds = statistics.median(measured)
+        print(f"{name:<30}{seconds * 1e3:>9.3f}{seconds / raw:>8.2f}{sizes[name] / steps:>12.0f}")
+    print(
+        f"\nresume at 800 messages: {statistics.median(resumes) * 1e3:.1f} ms from opening the store to the next step"
+    )
+    print(f"import framework: {statistics.median(imports) * 1e3:.0f} ms over an empty program")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Every error a caller may catch, under one base class.
+
+::
+
+    SurefootError
+    ├── StorageError              the store cannot do what was asked (full disk, read-only, locked)
+    │   ├── CorruptData           bytes read back do not match their checksum, or cannot be decoded
+    │   ├── CommitConflict        a commit's sequence is not the run's next
+    │   ├── StoreTooNew           the store was written by a newer version of this library
+    │   └── InvalidId             an id or key that no store accepts (also a ValueError)
+    ├── CodecError                a value or its bytes cannot be translated
+    │   ├── UnstorableValue       a live value has no stored form; names the path and the type
+    │   └── UnknownType           stored bytes name a type this program has not registered
+    ├── RunError                  something about one run; has .run_id
+    │   ├── RunNotFound           no run has this id
+    │   ├── RunExists             a run with this id is already recorded
+    │   ├── RunBusy               another owner holds the run's lease
+    │   ├── LeaseLost             this owner lost the lease; nothing was written
+    │   ├── DefinitionChanged     the graph or plan differs from the one the run started with
+    │   ├── ResumeError           the run cannot be resumed from what is stored
+    │   └── ApprovalError         an approval's answer was refused: no such request, answered, or asked anew
+    ├── BranchConflict            two concurrent branches wrote the same key
+    └── ExpressionError           a condition is not in the safe language, or cannot be evaluated
+
+A driver's own errors (``sqlite3``, ``OSError``) are translated once, in the storage backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class SurefootError(Exception):
+    """Base class of every error raised on purpose by this library."""
+
+
+class StorageError(SurefootError):
+    """The store cannot do what was asked; what was committed before is untouched."""
+
+
+class CorruptData(StorageError):
+    """Stored bytes fail their checksum or cannot be decoded."""
+
+
+class CommitConflict(StorageError):
+    """A commit's sequence is not the run's next: somebody else committed in between. Nothing was written."""
+
+
+class StoreTooNew(StorageError):
+    """The store was written by a newer version of this library."""
+
+
+class InvalidId(StorageError, ValueError):
+    """An id or key that cannot name anything in a store."""
+
+
+class CodecError(SurefootError):
+    """A value, or the bytes of one, cannot be translated."""
+
+
+class UnstorableValue(CodecError, TypeError):
+    """A value has no stored form. ``path`` says where it sits, such as ``state.report[3].author``."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+
+class UnknownType(CodecError):
+    """Stored bytes name a type that this program has not registered."""
+
+
+class RunError(SurefootError):
+    """Something about one run. ``run_id`` names it."""
+
+    def __init__(self, run_id: str, message: str) -> None:
+        super().__init__(message)
+        self.run_id = run_id
+
+
+class RunNotFound(RunError):
+    """No run has this id."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(run_id, f"There is no run {run_id!r} in this store.")
+
+
+class RunExists(RunError):
+    """A run with this id is already recorded."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(run_id, f"Run {run_id!r} is already recorded; choose another run_id or resume it.")
+
+
+class RunBusy(RunError):
+    """Another owner holds the run's lease and is alive. ``owner`` is who, ``seconds_left`` how long at most."""
+
+    def __init__(self, run_id: str, owner: str, seconds_left: float) -> None:
+        super().__init__(
+            run_id,
+            f"Run {run_id!r} is running elsewhere (owner {owner}); its lease ends in {seconds_left:.1f} s "
+            "unless renewed. Wait for it, or stop its owner and call again.",
+        )
+        self.owner = owner
+        self.seconds_left = seconds_left
+
+
+class LeaseLost(RunError):
+    """This owner's fencing token is no longer the run's; the write was refused and nothing changed."""
+
+    def __init__(self, run_id: str, token: int) -> None:
+        super().__init__(
+            run_id,
+            f"Run {run_id!r} was taken over: fencing token {token} is no longer valid. "
+            "Nothing was written; let the new owner finish, or resume the run later.",
+        )
+        self.token = token
+
+
+class DefinitionChanged(RunError):
+    """The definition differs from the one the run started with. ``changes`` lists the differences, a line each."""
+
+    def __init__(self, run_id: str, changes: Sequence[str], otherwise: str | None = None) -> None:
+        listing = "\n".join(f"  {line}" for line in changes)
+        super().__init__(
+            run_id,
+            f"Run {run_id!r} was started with another definition. What changed:\n{listing}\n"
+            "Resume with the original definition, start a new run under another run_id, or "
+            + (otherwise or 'allow the change with CheckpointConfig(definition_change="allow").'),
+        )
+        self.changes = list(changes)
+
+
+class ResumeError(RunError):
+    """The run cannot be resumed from what is stored; the message says why."""
+
+
+class ApprovalError(RunError):
+    """The answer to an approval request was refused and changed nothing. ``step_id`` names the plan's step."""
+
+    def __init__(self, run_id: str, step_id: str, problem: str) -> None:
+        super().__init__(run_id, f"Step {step_id!r} of run {run_id!r}: {problem}")
+        self.step_id = step_id
+
+
+class BranchConflict(SurefootError):
+    """Two concurrent branches wrote the same key, and nothing says how to combine the values."""
+
+    def __init__(self, key: str, first: str, second: str) -> None:
+        super().__init__(
+            f"Branches {first!r} and {second!r} both wrote state key {key!r}. Let one of them write another key, "
+            "declare the key in GraphSpec.append_only_keys, or name a reducer in GraphSpec.reducers."
+        )
+        self.key = key
+        self.nodes = (first, second)
+
+
+class ExpressionError(SurefootError, ValueError):
+    """A condition is not in the safe language, or its evaluation failed."""

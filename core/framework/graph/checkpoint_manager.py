@@ -1,0 +1,147 @@
+"""``CheckpointManager``: when checkpoints are saved, which are kept, and how a run is found again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+from framework.errors import SurefootError
+from framework.graph.checkpoint_rules import checkpoint_id as new_checkpoint_id
+from framework.graph.checkpoint_rules import is_due, retention_of
+from framework.graph.memory import SharedMemory
+from framework.graph.run_opening import Definition
+from framework.graph.run_session import Opened, open_session
+from framework.schemas.checkpoint import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointMetadata,
+    ExecutorType,
+)
+from framework.storage.backend import Storage
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointManager:
+    """Saves and restores checkpoints in ``storage``. Holds nothing of any run: any number may share a store.
+
+    Give one to an executor to make its runs durable. The methods here serve callers who manage checkpoints
+    themselves; they block, so call them from a thread in asynchronous code. They never raise for what the store
+    does: a failure is logged and answered with ``None`` or nothing, and the earlier checkpoints stay as they were.
+    """
+
+    def __init__(self, storage: Storage, config: CheckpointConfig | None = None) -> None:
+        self.storage = storage
+        self.config = config if config is not None else CheckpointConfig()
+
+    def save_checkpoint(
+        self,
+        run_id: str,
+        node_id: str,
+        memory: SharedMemory,
+        executor_type: ExecutorType = ExecutorType.GRAPH,
+        metadata: dict[str, Any] | None = None,
+    ) -> str | None:
+        """Save the state as it is now and apply retention. Returns the checkpoint's id; it is durable then.
+
+        ``metadata`` may hold next_node_id, execution_path, step_number, total_tokens, total_latency_ms, context,
+        status. Returns ``None`` when checkpointing is disabled, or when saving failed (logged).
+        """
+        if not self.config.enabled:
+            return None
+        given = dict(metadata or {})
+        names = "next_node_id execution_path step_number total_tokens total_latency_ms context status".split()
+        is_graph = executor_type == ExecutorType.GRAPH
+        try:
+            checkpoint = Checkpoint(
+                id=new_checkpoint_id(run_id, node_id),
+                run_id=run_id,
+                executor_type=executor_type,
+                created_at=datetime.now(),
+                current_node_id=node_id if is_graph else None,
+                current_step_id=None if is_graph else node_id,
+                memory_snapshot=memory.read_all(),
+                **{name: given[name] for name in names if given.get(name) is not None},
+            )
+            self.storage.save_checkpoint(checkpoint)
+        except (SurefootError, ValueError, PermissionError) as error:
+            logger.error("No checkpoint saved for run %r after %r: %s", run_id, node_id, error)
+            return None
+        try:
+            self.storage.prune(run_id, retention_of(self.config))
+        except SurefootError as error:
+            logger.warning("Old checkpoints of run %r not pruned: %s", run_id, error)
+        return checkpoint.id
+
+    def restore_from_checkpoint(
+        self, run_id: str, checkpoint_id: str | None = None
+    ) -> tuple[dict[str, Any], str] | tuple[None, None]:
+        """State and node to go on with, from one checkpoint or the newest readable one.
+
+        The node is the recorded next one, else the checkpoint's own. ``(None, None)`` when disabled, when
+        ``auto_recovery`` is off, when there is none, or when it cannot be read (logged).
+        """
+        if not self.config.enabled or not self.config.auto_recovery:
+            return None, None
+        checkpoint = self.get_checkpoint(run_id, checkpoint_id)
+        if checkpoint is None:
+            return None, None
+        return dict(checkpoint.memory_snapshot), checkpoint.next_node_id or checkpoint.node_id
+
+    def get_checkpoint(self, run_id: str, checkpoint_id: str | None = None) -> Checkpoint | None:
+        """One checkpoint with its state, or the newest readable one; ``None`` when there is none (errors logged)."""
+        try:
+            if checkpoint_id is not None:
+                return self.storage.load_checkpoint(run_id, checkpoint_id)
+            return self.storage.load_latest_checkpoint(run_id)
+        except SurefootError as error:
+            logger.error("Checkpoint of run %r not loaded: %s", run_id, error)
+            return None
+
+    def list_checkpoints(self, run_id: str) -> list[CheckpointMetadata]:
+        """The run's retained checkpoints, oldest first; empty when it has none or on an error (logged)."""
+        try:
+            return self.storage.list_checkpoints(run_id)
+        except SurefootError as error:
+            logger.error("Checkpoints of run %r not listed: %s", run_id, error)
+            return []
+
+    def delete_checkpoints(self, run_id: str) -> int:
+        """Remove the run's checkpoints; how many. 0 when it has none or on an error (logged)."""
+        try:
+            return self.storage.delete_checkpoints(run_id)
+        except SurefootError as error:
+            logger.error("Checkpoints of run %r not deleted: %s", run_id, error)
+            return 0
+
+    def should_checkpoint(self, step_number: int) -> bool:
+        """Whether a checkpoint is due after step ``step_number``, counted from 1."""
+        return is_due(self.config, step_number)
+
+    async def open_session(
+        self,
+        definition: Definition,
+        run_id: str,
+        *,
+        initial: Mapping[str, Any],
+        input_data: Mapping[str, Any],
+        header: Mapping[str, Any],
+        on_problem: Callable[[str], None],
+        scopes: Mapping[str, SharedMemory] | None = None,
+        parent_run_id: str | None = None,
+    ) -> Opened:
+        """Start, take over or look up a run for an executor: see ``run_session.open_session``."""
+        return await open_session(
+            self.storage,
+            self.config,
+            definition,
+            run_id,
+            initial=initial,
+            input_data=input_data,
+            header=header,
+            on_problem=on_problem,
+            scopes=scopes,
+            parent_run_id=parent_run_id,
+        )

@@ -1,0 +1,669 @@
+"""One execution of a graph, in progress: runs what the planner says is ready, and commits what came back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import types
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from framework import _faults
+from framework.errors import BranchConflict, UnstorableValue
+from framework.graph import planner
+from framework.graph.attempts import FailedAttempt, Visit, max_attempts, run_visit
+from framework.graph.edge import GraphSpec
+from framework.graph.goal import Goal
+from framework.graph.memory import SharedMemory, isolated
+from framework.graph.merge import LOCAL, BranchWrites, merge
+from framework.graph.node_base import NodeContext, NodeResult, NodeSpec
+from framework.graph.planner import Outcome, Position, Step
+from framework.graph.routing import Route, choose
+from framework.graph.run_opening import Restored
+from framework.graph.run_session import Progress, RunSession
+from framework.graph.runtime_port import RuntimePort
+from framework.schemas.checkpoint import CheckpointStatus
+from framework.schemas.run import RunState
+from framework.storage import codec
+from framework.storage.checkpoints import SCOPE_MARK, path_of
+
+logger = logging.getLogger(__name__)
+
+
+class NodeSource(Protocol):
+    """What a run needs of the executor that started it."""
+
+    def implementation_of(self, spec: NodeSpec) -> Any: ...
+
+    def context_for(self, spec: NodeSpec, memory: SharedMemory) -> NodeContext: ...
+
+
+@types.coroutine
+def _let_others_run() -> Generator[None, None, None]:
+    """Suspend once, so that nodes that never wait can still be cancelled and timed out from outside.
+
+    Not ``asyncio.sleep(0)``: that belongs to back-off, and programs replace it.
+    """
+    yield
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why the run cannot go on. ``step`` is the one that failed, when it was one."""
+
+    error: str
+    step: Step | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How an execution ended."""
+
+    state: RunState
+    error: str | None = None
+
+
+def _attempts_used(records: Sequence[Mapping[str, Any]], position: Position) -> dict[str, int]:
+    """How many attempts the ready steps have failed, by step key.
+
+    Looked up in the whole log: a sibling's checkpoint may have followed an attempt. A crash or a cancellation goes on
+    with what is left of the budget; a run that had failed starts its step afresh.
+    """
+    used: dict[str, int] = {}
+    for record in records:
+        if record.get("kind") == "attempt":
+            used[record["step"]] = record["attempt"]
+        elif record.get("kind") == "end" and record.get("state") == RunState.FAILED.value:
+            used.clear()
+    return {step.key: used[step.key] for step in position.ready if step.key in used}
+
+
+@dataclass(slots=True)
+class GraphRun:
+    """The live side of a run. ``session`` is ``None`` without a checkpoint manager: then nothing is written."""
+
+    graph: GraphSpec
+    goal: Goal
+    run_id: str
+    nodes: NodeSource
+    port: RuntimePort
+    session: RunSession | None
+    position: Position
+    memory: SharedMemory
+    records: list[Mapping[str, Any]] = field(default_factory=list)
+    total_tokens: int = 0
+    total_latency_ms: int = 0
+    recovered: int = 0
+    next_after_pause: str | None = None
+    failed_steps: list[Step] = field(default_factory=list)
+    reported: bool = False
+    _memories: dict[str, SharedMemory] = field(default_factory=dict)
+    _writers: dict[str, dict[str, str]] = field(default_factory=dict)
+    _inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _failed_before: dict[str, int] = field(default_factory=dict)
+    _answered: set[str] = field(default_factory=set)
+    _changed: set[str] = field(default_factory=set)
+    _gone: set[str] = field(default_factory=set)
+    _waiting: set[Step] = field(default_factory=set)
+    _specs: dict[str, NodeSpec] = field(default_factory=dict)
+    _running: dict[asyncio.Task[Failure | None], Step] = field(default_factory=dict)
+    _failure: Failure | None = None
+    _goal_text: str = ""
+
+    def __post_init__(self) -> None:
+        self._specs = {node.id: node for node in self.graph.nodes}
+        self._goal_text = self.goal.to_prompt_context()
+        self._memories = {"": self.memory}
+
+    # --- where it starts ----------------------------------------------------------------------------------------
+
+    def begin_with(self, input_data: dict[str, Any], *, answered: bool = False) -> None:
+        """A run that has done nothing: its first step is given the caller's input."""
+        first = self.position.ready[0]
+        self._inputs[first.key] = input_data
+        if answered:
+            self._answered.add(first.key)
+
+    def take_up(self, restored: Restored, input_data: Mapping[str, Any]) -> bool:
+        """Go on after a restored checkpoint. ``input_data`` is what the caller brings now.
+
+        Returns whether it changed anything that must be made durable before the first step.
+        """
+        plain = restored.body.get("position", {})
+        self.records = list(restored.records)
+        self.recovered = sum(1 for record in self.records if record.get("kind") == "step")
+        self.total_tokens = restored.body.get("tokens", 0)
+        self.total_latency_ms = restored.body.get("latency_ms", 0)
+        if plain:
+            self.position = planner.from_json(plain)
+            self.position = replace(self.position, visits=planner.visits_of(self.records, self.position))
+            self.next_after_pause = plain.get("after_pause")
+        for branch in sorted(self.position.branches.values(), key=lambda each: len(each.id)):
+            self._memories[branch.id] = self._memories[branch.parent].branch()
+        for key, value in restored.values.items():
+            branch_id, mark, name = key.rpartition(SCOPE_MARK)
+            if (branch_id if mark else "") in self._memories:
+                self._memories[branch_id if mark else ""].restored(name, value)
+        self._writers = {branch: dict(keys) for branch, keys in plain.get("writers", {}).items()}
+        for key, stored in plain.get("inputs", {}).items():
+            view = self._memories[stored["branch"]].view()
+            self._inputs[key] = {**{name: view[name] for name in stored["same"]}, **stored.get("own", {})}
+        if not plain and self.position.ready:
+            self._inputs[self.position.ready[0].key] = dict(restored.input_data)
+        self._failed_before = _attempts_used([*restored.records, *restored.later], self.position)
+        for record in restored.later:
+            if record.get("kind") == "attempt":
+                self.total_tokens += record.get("tokens", 0)
+                self.total_latency_ms += record.get("latency_ms", 0)
+        return self._take_input(restored, input_data)
+
+    def _take_input(self, restored: Restored, input_data: Mapping[str, Any]) -> bool:
+        new = {
+            key: value
+            for key, value in input_data.items()
+            # The same call again must not take the state back to where it began.
+            if key not in restored.input_data or not codec.same(restored.input_data[key], value)
+        }
+        for key, value in new.items():
+            self.memory.put(key, value)
+        # A pause that nobody was told of, because the run stopped for another reason, is still to be told of.
+        told = restored.found is RunState.PAUSED or (bool(new) and not self.position.ready)
+        waiting = self.position.paused_at is not None and told
+        if waiting:
+            held = self.position.held
+            self.position = planner.resume(self.position)
+            # Only who was asked can have answered; what merely comes after a pause was not.
+            asked = {record.get("step") for record in self.records if record.get("kind") == "wait"}
+            self._answered.update(step.key for step in held if step.key in asked)
+            for step in held:
+                self._inputs[step.key] = {**self._inputs.get(step.key, {}), **new}
+        elif new:
+            for step in self.position.ready:
+                self._inputs[step.key] = {**self._inputs.get(step.key, {}), **new}
+        return waiting or bool(new)
+
+    async def commit_resume(self, input_keys: Sequence[str]) -> None:
+        """Make durable what a resume brought, before its first step."""
+        if self.session is not None:
+            record = {"kind": "resume", "input_keys": list(input_keys)}
+            await self.session.note(record, (), self._progress(self._last_node()), {"": self.memory})
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    async def run(self) -> Ending:
+        """Run until nothing is left, the run pauses, or it fails. Storage errors and cancellation pass through."""
+        try:
+            while True:
+                if self._failure is None:
+                    self._failure = self._join_ready()
+                ready = self._launchable()
+                if len(ready) == 1 and not self._running:
+                    # The common case, one step at a time, needs no task of its own.
+                    self._note_failure(await self._step(ready[0]))
+                    await _let_others_run()
+                    continue
+                for step in ready:
+                    self._running[asyncio.create_task(self._step(step))] = step
+                if not self._running:
+                    return self._finish()
+                done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    del self._running[task]
+                # Every finished task is looked at before any error leaves, so that none goes unseen.
+                errors = [error for task in done if (error := task.exception()) is not None]
+                for task in done:
+                    if task.exception() is None:
+                        self._note_failure(task.result())
+                if errors:
+                    raise errors[0]
+                if self._failure is not None and self._fails_fast(self._failure):
+                    await self._stop_others()
+        except GeneratorExit:  # the coroutine is being closed: nothing can be waited for
+            for task in self._running:
+                if not task.get_loop().is_closed():
+                    task.cancel()
+            raise
+        except BaseException:
+            await self._stop_others()
+            raise
+
+    def _note_failure(self, failure: Failure | None) -> None:
+        """Remember a failed step, so that it is not run again. Of several the first by key is the run's failure."""
+        if failure is None:
+            return
+        if failure.step is not None:
+            self.failed_steps = sorted([*self.failed_steps, failure.step], key=lambda step: step.key)
+        known = self._failure
+        if known is None or (failure.step is not None and failure.step == self.failed_steps[0]):
+            self._failure = failure
+
+    def _launchable(self) -> list[Step]:
+        """Ready steps that may start: not running, not waiting for the commit they follow, within the step budget."""
+        if self._failure is not None and self._fails_fast(self._failure):
+            return []
+        running = set(self._running.values())
+        unfit = running | self._waiting | set(self.failed_steps)
+        steps = [step for step in self.position.ready if step not in unfit]
+        room = self.graph.max_steps - self.position.steps_taken - len(running)
+        if len(steps) > room:
+            if room <= 0 and not running:
+                self._note_failure(
+                    Failure(
+                        f"Stopped at the limit of max_steps={self.graph.max_steps} steps before {steps[0].node_id!r}. "
+                        "Look for a loop that does not end, or raise GraphSpec.max_steps and resume."
+                    )
+                )
+            return steps[: max(0, room)]
+        return steps
+
+    def _fails_fast(self, failure: Failure) -> bool:
+        branch = self.position.branches.get(failure.step.branch) if failure.step is not None else None
+        if branch is None:
+            return True
+        return self._specs[branch.source].fan_out_policy == "fail_fast"
+
+    async def _stop_others(self) -> None:
+        """Cancel the steps in flight and wait for them; a commit under way is finished first."""
+        tasks = list(self._running)
+        for task in tasks:
+            task.cancel()
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True) if tasks else ():
+            if isinstance(outcome, Exception):
+                logger.warning("A step that was being stopped failed as well: %s", outcome)
+        self._running.clear()
+
+    def _finish(self) -> Ending:
+        if self._failure is not None:
+            return Ending(RunState.FAILED, self._failure.error)
+        if self.position.paused_at is not None:
+            return Ending(RunState.PAUSED)
+        return Ending(RunState.COMPLETED)
+
+    # --- one step -----------------------------------------------------------------------------------------------
+
+    async def _step(self, step: Step) -> Failure | None:
+        """Run one visit, route it and commit it. A failure that no edge catches is returned, and not committed."""
+        spec = self._specs.get(step.node_id)
+        if spec is None:
+            return Failure(f"Node {step.node_id!r} is not in graph {self.graph.id!r}.", step)
+        events: list[dict[str, Any]] = []
+        with self.port.recording(events):
+            _faults.reach("node.before")
+            memory = self._memories[step.branch]
+            before = memory.snapshot()
+            try:
+                visit = await self._visit(step, spec, memory, events)
+                if visit is None:
+                    await self._hold(step, events)
+                    return None
+                _faults.reach("node.after")
+                return await self._close_step(step, spec, memory, before, visit, events)
+            except asyncio.CancelledError:
+                if step in self.position.ready:  # not committed: as if it had not begun
+                    memory.roll_back(before)
+                raise
+
+    async def _visit(
+        self, step: Step, spec: NodeSpec, memory: SharedMemory, events: list[dict[str, Any]]
+    ) -> Visit | None:
+        try:
+            implementation = self.nodes.implementation_of(spec)
+        except LookupError as error:
+            return Visit(NodeResult(False, error=str(error.args[0]), error_type="configuration"), 1, 0, 0)
+        if implementation is None:
+            return self._human_input(step, spec, memory)
+        view = memory.with_permissions(spec.input_keys, spec.output_keys)
+        input_data = self._given(step, memory)
+
+        def context(attempt: int) -> NodeContext:
+            return replace(
+                self.nodes.context_for(spec, view),
+                input_data=dict(input_data),  # each attempt its own: one may take things out of it
+                goal=self.goal,
+                goal_context=self._goal_text,
+                attempt=attempt,
+                max_attempts=max_attempts(spec),
+                run_id=self.run_id,
+                step_key=step.key,
+                idempotency_key=f"{self.run_id}/{step.key}",
+            )
+
+        async def failed(attempt: FailedAttempt) -> None:
+            self.port.problem(
+                "warning",
+                f"Node {spec.id!r} failed in attempt {attempt.attempt} of {max_attempts(spec)}: {attempt.error}",
+            )
+            self.total_tokens += attempt.tokens
+            self.total_latency_ms += attempt.latency_ms
+            if self.session is not None:
+                record = {"step": step.key, "node": step.node_id, "attempt": attempt.attempt, "error": attempt.error}
+                if attempt.tokens or attempt.latency_ms:
+                    record |= {"tokens": attempt.tokens, "latency_ms": attempt.latency_ms}
+                await self.session.attempt_failed(record, tuple(events))
+                events.clear()
+
+        return await run_visit(
+            spec,
+            implementation,
+            memory,
+            context,
+            failed_before=self._failed_before.pop(step.key, 0),
+            on_failed=failed,
+            on_invalid=lambda message: self.port.problem("warning", f"Node {spec.id!r}: {message}"),
+        )
+
+    def _given(self, step: Step, memory: SharedMemory) -> dict[str, Any]:
+        """The step's input as its node may have it: inside a branch, nothing that another branch can touch."""
+        given = self._inputs.get(step.key, {})
+        view = memory.view()
+        return {
+            # What the state holds as well is handed out by it, so that it knows, and a branch gets its own copy.
+            key: memory.peek(key)
+            if key in view and view[key] is value
+            else isolated(value, f"the input {key!r} of {step.node_id}")
+            if step.branch
+            else value
+            for key, value in given.items()
+        }
+
+    def _human_input(self, step: Step, spec: NodeSpec, memory: SharedMemory) -> Visit | None:
+        """A node for a person that nobody implemented: done once its keys are answered, otherwise it waits."""
+        values = {key: memory.peek(key) for key in spec.output_keys}
+        given = all(value is not None for value in values.values())
+        if given and (spec.output_keys or step.key in self._answered):
+            return Visit(NodeResult(True, output=values), 1, 0, 0)
+        return None
+
+    def _was_asked(self, step: Step, spec: NodeSpec) -> bool:
+        """Whether the run already paused here, for the answer that completed this step: one pause is enough."""
+        return step.key in self._answered and self.nodes.implementation_of(spec) is None
+
+    async def _hold(self, step: Step, events: Sequence[dict[str, Any]]) -> None:
+        self.position = planner.hold(self.position, step)
+        if self.position.paused_at == step.node_id:
+            self.next_after_pause = step.node_id
+        if self.session is not None:
+            state = RunState.PAUSED if not self.position.ready and self._alone(step) else None
+            record = {"kind": "wait", "node": step.node_id, "step": step.key}
+            progress = self._progress(self._last_node(), state)
+            await self.session.note(record, events, progress, {step.branch: self._memories[step.branch]}, state=state)
+
+    async def _close_step(
+        self,
+        step: Step,
+        spec: NodeSpec,
+        memory: SharedMemory,
+        before: dict[str, Any],
+        visit: Visit,
+        events: list[dict[str, Any]],
+    ) -> Failure | None:
+        result = visit.result
+        error: str | None = None if result.success else f"Node {spec.name!r} {visit.error}"
+        route = Route()
+        written: set[str] = set()
+        mapped: set[str] = set()
+        if result.success:
+            written = self._write_output(memory, result)
+            onward = self.graph.entry_points.get(f"{spec.id}_resume") if self._was_asked(step, spec) else None
+            route = Route((onward,), ({},)) if onward is not None else await self._route(spec, memory, result)
+            error = route.error
+            if error is None and not spec.fan_out:
+                mapped = self._map(memory, step.branch, route)
+            if error is None and self.session is not None:
+                try:
+                    self.session.check({step.branch: memory})
+                except UnstorableValue as problem:
+                    error = f"Node {spec.name!r} failed after {visit.attempts} attempts: {problem}"
+        if error is not None:
+            memory.roll_back(before)
+            written = set()
+            # Conditions, mappings and the handler see what the failed node said; the state does not.
+            told = {} if result.success else self._storable(result.output)
+            result = NodeResult(False, output=told, error=error, error_type=result.error_type)
+            # The last attempt's own problem comes with the commit, whichever way it goes on.
+            self.port.problem("critical", error)
+            # A node that chose an unknown one has no way on: its edges were not meant.
+            route = await self._route(spec, memory, result) if route.error is None else Route()
+            if not route.targets:
+                self.reported = True
+                self._count(visit)
+                if self.session is not None:
+                    self._keep_events(step, visit, error, events)
+                return Failure(error, step)
+            mapped = self._map(memory, step.branch, route)
+            if self.session is not None:
+                try:  # rolling back does not undo what the node changed inside containers
+                    self.session.check({step.branch: memory})
+                except UnstorableValue as problem:
+                    return Failure(f"{error}; and then: {problem}", step)
+        self._count(visit)
+        # From here to the commit nothing waits: position, state and sequence change together.
+        known = set(self.position.ready)
+        self._advance(step, spec, result, route, written, mapped, failed=error is not None)
+        failure = self._join_ready()
+        record = self._record(step, visit, route, error)
+        self.records.append({"kind": "step", **record})
+        if self.session is not None:
+            following = set(self.position.ready) - known
+            self._waiting |= following  # a sibling that ends meanwhile must not start them
+            await self._commit(step, record, events, failure)
+            self._waiting -= following
+        if self.position.branches:
+            _faults.reach("branch.between")
+        return failure
+
+    def _storable(self, output: Any) -> dict[str, Any]:
+        """What a failed node put out, for its handler; nothing when it cannot be kept for a resume."""
+        if not isinstance(output, dict) or self.session is None:
+            return dict(output) if isinstance(output, dict) else {}
+        try:
+            codec.encode(output, "output")
+        except UnstorableValue as problem:
+            self.port.problem("warning", f"The output of the failed node is dropped: {problem}")
+            return {}
+        return dict(output)
+
+    def _count(self, visit: Visit) -> None:
+        # Attempts before the last were counted as they failed.
+        self.total_tokens += int(visit.result.tokens_used or 0)
+        self.total_latency_ms += int(visit.result.latency_ms or 0)
+
+    def _keep_events(self, step: Step, visit: Visit, error: str, events: list[dict[str, Any]]) -> None:
+        """What the failing visit decided is kept, with the attempt that ended it."""
+        assert self.session is not None
+        record: dict[str, Any] = {"step": step.key, "node": step.node_id, "attempt": visit.attempts, "error": error}
+        if visit.result.tokens_used or visit.result.latency_ms:
+            record |= {"tokens": int(visit.result.tokens_used), "latency_ms": int(visit.result.latency_ms)}
+        self.session.keep_attempt(record, tuple(events))
+        events.clear()
+
+    def _write_output(self, memory: SharedMemory, result: NodeResult) -> set[str]:
+        """Put what the node returned into its memory; the keys that the step changed."""
+        own = memory.own
+        for key, value in (result.output or {}).items():
+            if key not in own or own[key] is not value:
+                memory.put(key, value)
+        memory.settle()
+        # Also what was written with the value it had: in a branch it is the node's now, no longer a mapped input.
+        return memory.take_written() | set(result.output or {})
+
+    async def _route(self, spec: NodeSpec, memory: SharedMemory, result: NodeResult) -> Route:
+        _faults.reach("routing")
+        return await choose(
+            self.graph,
+            spec,
+            memory,
+            result,
+            llm=self.nodes.context_for(spec, memory).llm,
+            goal=self.goal,
+            on_warning=lambda message: self.port.problem("warning", message),
+        )
+
+    def _map(self, memory: SharedMemory, branch: str, route: Route) -> set[str]:
+        """Put the values that the edge taken maps into the state; the keys that this changed."""
+        view = memory.view()
+        values = route.mapped[0] if route.mapped else {}
+        changed = {key: value for key, value in values.items() if key not in view or view[key] is not value}
+        for key, value in changed.items():
+            memory.put(key, isolated(value, key) if branch else value)
+        return set(changed)
+
+    def _advance(
+        self,
+        step: Step,
+        spec: NodeSpec,
+        result: NodeResult,
+        route: Route,
+        written: set[str],
+        mapped: set[str],
+        *,
+        failed: bool,
+    ) -> None:
+        memory = self._memories[step.branch]
+        self._changed.add(step.branch)
+        known = set(self.position.ready) | set(self.position.held)
+        made = planner.advance(
+            self.graph,
+            self.position,
+            Outcome(
+                step,
+                targets=route.targets,
+                stops=spec.id in self.graph.terminal_nodes and not failed,
+                pauses=spec.id in self.graph.pause_nodes and not failed and not self._was_asked(step, spec),
+                fans_out=spec.fan_out and not failed and len(route.targets) > 0,
+            ),
+        )
+        self.position = made.position
+        if step.branch:
+            # What is mapped for a node inside the branch stays there; what is mapped for the join goes to the join.
+            inside = made.position.branches[step.branch].status == "running"
+            writers = self._writers.setdefault(step.branch, {})
+            writers |= dict.fromkeys(written, spec.id) | dict.fromkeys(mapped, LOCAL if inside else spec.id)
+        if self.position.paused_at == step.node_id:
+            self.next_after_pause = route.targets[0] if route.targets else None
+        self._inputs.pop(step.key, None)
+        output = dict(result.output or {})
+        if made.started:
+            for branch in made.started:
+                overlay = memory.branch()
+                self._memories[branch.id] = overlay
+                self._changed.add(branch.id)
+                given = self._map(overlay, branch.id, Route(mapped=(route.mapped[branch.index],)))
+                self._writers[branch.id] = dict.fromkeys(given, LOCAL if branch.status == "running" else spec.id)
+        for new in (*self.position.ready, *self.position.held):
+            if new not in known:
+                self._inputs[new.key] = output
+
+    def _join_ready(self) -> Failure | None:
+        """Merge every group of branches that is over. A conflict leaves it as it is and fails the run."""
+        while (group := planner.joinable(self.position)) is not None:
+            joined = planner.join(self.position, group)
+            parent = self._memories[joined.parent]
+            writes = [
+                BranchWrites(each.head, self._memories[each.id].own, self._writers.get(each.id, {}))
+                for each in joined.branches
+            ]
+            try:
+                merged = merge(self.graph, parent.view(), writes)
+            except BranchConflict as error:
+                return Failure(str(error))
+            for key, value in merged.items():
+                parent.put(key, value)
+            if joined.parent:
+                names = {key: writer for write in writes for key, writer in write.writers.items() if writer != LOCAL}
+                self._writers.setdefault(joined.parent, {}).update({key: names.get(key, "join") for key in merged})
+            self._changed.add(joined.parent)
+            for each in joined.branches:
+                self._gone.add(each.id)
+                del self._memories[each.id]
+                self._writers.pop(each.id, None)
+            if joined.into is not None:
+                self._inputs[joined.into.key] = merged
+            self.position = joined.position
+        return None
+
+    # --- what is committed --------------------------------------------------------------------------------------
+
+    def _record(self, step: Step, visit: Visit, route: Route, error: str | None) -> dict[str, Any]:
+        record: dict[str, Any] = {"node": step.node_id, "visit": step.visit, "at": round(time.time(), 3)}
+        optional = {
+            "branch": step.branch,
+            "attempts": visit.attempts if visit.attempts > 1 else None,
+            "tokens": visit.tokens,
+            "latency_ms": visit.latency_ms,
+            "error": error,
+            "branches": [branch.id for branch in self.position.branches.values() if branch.group == step.key],
+        }
+        record.update((key, value) for key, value in optional.items() if value)
+        return record
+
+    async def _commit(
+        self, step: Step, record: Mapping[str, Any], events: Sequence[dict[str, Any]], failure: Failure | None
+    ) -> None:
+        assert self.session is not None
+        alone = self._alone(step)
+        state = None
+        if failure is None and not self.position.ready and alone:
+            if self.position.paused_at is not None:
+                state = RunState.PAUSED
+            elif self.position.finished:
+                state = RunState.COMPLETED
+        scopes = {branch: self._memories[branch] for branch in self._changed if branch in self._memories}
+        gone, self._gone, self._changed = self._gone, set(), set()
+        await self.session.step_done(
+            record, events, self._progress(step.node_id, state), scopes, gone, quiet=alone, state=state
+        )
+
+    def _alone(self, step: Step) -> bool:
+        """Whether no step but this one is in flight."""
+        return all(running == step for running in self._running.values())
+
+    def _last_node(self) -> str:
+        steps = [record["node"] for record in self.records if record.get("kind") == "step"]
+        return steps[-1] if steps else self.graph.entry_node
+
+    def _progress(self, node_id: str, state: RunState | None = None) -> Progress:
+        ready = self.position.ready or self.position.held
+        position = planner.to_json(self.position)
+        del position["visits"]  # the log tells them: see planner.visits_of
+        if self.position.paused_at is not None and self.next_after_pause is not None:
+            position["after_pause"] = self.next_after_pause
+        if self._writers:
+            position["writers"] = {branch: keys for branch, keys in self._writers.items() if keys}
+        inputs = {step.key: self._stored_input(step) for step in (*self.position.ready, *self.position.held)}
+        position["inputs"] = {key: stored for key, stored in inputs.items() if stored is not None}
+        status = CheckpointStatus.IN_PROGRESS
+        if state is not None and state is not RunState.CANCELLED:  # which a checkpoint does not tell from a crash
+            status = CheckpointStatus(state.value)
+        return Progress(
+            node_id=node_id,
+            next_id=ready[0].node_id if ready else None,
+            step_number=self.position.steps_taken,
+            total_tokens=self.total_tokens,
+            total_latency_ms=self.total_latency_ms,
+            position=position,
+            status=status,
+        )
+
+    def _stored_input(self, step: Step) -> dict[str, Any] | None:
+        """A step's input as stored: names of values the state holds as well, and the values it does not."""
+        given = self._inputs.get(step.key)
+        if not given:
+            return None
+        view = self._memories[step.branch].view()
+        same = [key for key, value in given.items() if key in view and view[key] is value]
+        own = {key: value for key, value in given.items() if key not in same}
+        return {"branch": step.branch, "same": same, **({"own": own} if own else {})}
+
+    async def end(self, ending: Ending, events: Sequence[dict[str, Any]] = ()) -> None:
+        """Record an ending that was not part of a step's commit."""
+        if self.session is not None and not self.session.ended:
+            progress = self._progress(self._last_node(), ending.state)
+            await self.session.end(ending.state, ending.error, events, progress, dict(self._memories), self._gone)
+
+    @property
+    def path(self) -> list[str]:
+        """The nodes visited, over all processes, each visit once; failed steps last."""
+        return [*path_of(self.records), *(step.node_id for step in self.failed_steps)]

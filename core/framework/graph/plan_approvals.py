@@ -1,0 +1,72 @@
+"""Approvals of plan steps: what is asked, what an answer is bound to, and what a modified step looks like. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from framework.errors import UnstorableValue
+from framework.graph.code_checks import SAFE_BUILTINS, check_code
+from framework.graph.plan import ActionType, ApprovalRequest, ApprovalResult, PlanStep
+from framework.graph.plan_planner import request_id
+from framework.graph.references import own_copy, resolve
+from framework.graph.text import shorten, summary_of, text_of
+from framework.storage import codec
+
+MODIFIABLE = ("tool_args", "function_args", "inputs", "prompt")
+_DETAILS = ("tool_name", "tool_args", "prompt", "function_name", "function_args", "graph_id", "code")
+
+
+def request_for(
+    step: PlanStep, run_id: str, revision: int, asked: int, context: Mapping[str, Any], outputs: Mapping[str, Any]
+) -> ApprovalRequest:
+    """What a person is asked about ``step``, with its arguments resolved. Raises ``MissingReference``."""
+    inputs = resolve(step.inputs, context, outputs)
+    if step.action.action_type is ActionType.CODE_EXECUTION and step.action.code:
+        # What the code takes from the context are arguments of it as well.
+        needed = check_code(step.action.code, allowed=SAFE_BUILTINS).needed
+        inputs = {**{name: own_copy(context[name])[0] for name in sorted(needed) if name in context}, **inputs}
+    action = step.action.model_dump(include=set(_DETAILS))
+    details = {name: value for name, value in action.items() if value}
+    for name in ("tool_args", "function_args"):
+        if name in details:
+            details[name] = resolve(details[name], {**context, **inputs}, outputs)
+    return ApprovalRequest(
+        step_id=step.id,
+        step_description=step.description,
+        action_type=step.action.action_type.value,
+        action_details=details,
+        context=inputs,
+        approval_message=step.approval_message,
+        preview=_preview(step, details, inputs),
+        run_id=run_id,
+        request_id=request_id(step, revision, _bytes_of({"details": details, "inputs": inputs}), asked),
+    )
+
+
+def modified(step: PlanStep, answer: ApprovalResult) -> tuple[PlanStep, list[str]]:
+    """A copy of ``step`` with the answer's modifications, and the names of those that mean nothing to it."""
+    changes = answer.modifications
+    copied = step.model_copy(deep=True)
+    copied.action.tool_args.update(changes.get("tool_args") or {})
+    copied.action.function_args.update(changes.get("function_args") or {})
+    copied.inputs.update(changes.get("inputs") or {})
+    if changes.get("prompt") is not None:
+        copied.action.prompt = str(changes["prompt"])
+    return copied, [name for name in changes if name not in MODIFIABLE]
+
+
+def _preview(step: PlanStep, details: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
+    what = next((details[name] for name in ("tool_name", "function_name", "graph_id") if name in details), "")
+    args = {**details.get("tool_args", {}), **details.get("function_args", {}), **inputs}
+    listing = ", ".join(f"{name}={summary_of(value, 60)}" for name, value in args.items())
+    body = details.get("code") or details.get("prompt") or ""
+    head = f"{step.action.action_type.value} {what}({listing})" if what else step.action.action_type.value
+    return shorten(f"{head}: {body}" if body else head, 400)
+
+
+def _bytes_of(arguments: Mapping[str, Any]) -> bytes:
+    try:
+        return codec.encode(arguments)
+    except UnstorableValue:  # then the run is not stored either, and its answers never leave this process
+        return text_of(arguments).encode("utf-8", "surrogatepass")

@@ -1,0 +1,458 @@
+"""One execution of a plan, in progress: runs what is ready, has it judged, and commits what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from framework import _faults
+from framework.errors import UnstorableValue
+from framework.graph.attempts import backoff_seconds
+from framework.graph.goal import Goal
+from framework.graph.node_base import is_infrastructure_error
+from framework.graph.plan import (
+    ApprovalRequest,
+    ExecutionStatus,
+    Judgment,
+    JudgmentAction,
+    PlanStep,
+    StepStatus,
+)
+from framework.graph.plan_gate import ApprovalGate
+from framework.graph.plan_planner import FINAL, ready_steps, standstill
+from framework.graph.plan_state import PlanState, now
+from framework.graph.run_session import Progress, RunSession
+from framework.graph.runtime_port import RuntimePort
+from framework.graph.worker_actions import SUB_GRAPH_PAUSED, AttemptInfo, StepExecutionResult
+from framework.graph.worker_errors import error_text
+from framework.schemas.checkpoint import CheckpointStatus
+from framework.schemas.run import RunState
+
+logger = logging.getLogger(__name__)
+
+RUN_STATES = {
+    ExecutionStatus.COMPLETED: RunState.COMPLETED,
+    ExecutionStatus.AWAITING_APPROVAL: RunState.PAUSED,
+    ExecutionStatus.ABORTED: RunState.CANCELLED,
+    ExecutionStatus.NEEDS_REPLAN: RunState.FAILED,
+    ExecutionStatus.NEEDS_ESCALATION: RunState.FAILED,
+    ExecutionStatus.REJECTED: RunState.FAILED,
+    ExecutionStatus.FAILED: RunState.FAILED,
+}
+"""How a plan's ending is recorded. All but the first can be resumed, and revised by a new plan."""
+
+_CHECKPOINT_STATUS = {
+    RunState.COMPLETED: CheckpointStatus.COMPLETED,
+    RunState.PAUSED: CheckpointStatus.PAUSED,
+    RunState.FAILED: CheckpointStatus.FAILED,
+}
+
+
+class Worker(Protocol):
+    """What does the work of an attempt."""
+
+    async def execute(
+        self, step: PlanStep, context: Mapping[str, Any], *, outputs: Mapping[str, Any], info: AttemptInfo
+    ) -> StepExecutionResult: ...
+
+
+class Judge(Protocol):
+    """What judges a result."""
+
+    async def evaluate(
+        self, step: PlanStep, result: Any, goal: Goal, context: Mapping[str, Any] | None = None
+    ) -> Judgment: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an execution may use: see ``ExecutorConfig``."""
+
+    max_total_steps: int
+    max_retries_per_step: int
+    timeout_seconds: float | None
+    max_concurrency: int
+    retry_delay_seconds: float
+    retry_max_delay_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How an execution ended; ``reason`` says why unless it is plainly completed."""
+
+    status: ExecutionStatus
+    reason: str | None = None
+
+
+class PlanRun:
+    """The live side of a plan's run. ``session`` is ``None`` without a checkpoint manager: then nothing is written."""
+
+    def __init__(
+        self,
+        state: PlanState,
+        goal: Goal,
+        run_id: str,
+        *,
+        port: RuntimePort,
+        session: RunSession | None,
+        worker: Worker,
+        judge: Judge,
+        limits: Limits,
+        approval_callback: Callable[[ApprovalRequest], Any] | None,
+    ) -> None:
+        self.state = state
+        self.goal = goal
+        self.run_id = run_id
+        self.session = session
+        self.port = port
+        self._worker = worker
+        self._judge = judge
+        self._limits = limits
+        self.gate = ApprovalGate(self, approval_callback)
+        self._running: dict[asyncio.Task[None], str] = {}
+        self._attempting = 0
+        self._stop: Ending | None = None
+        self._last_step = state.plan.steps[0].id if state.plan.steps else state.plan.id
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    async def run(self) -> Ending:
+        """Run until nothing can go on. Storage errors and cancellation pass through."""
+        self.gate.skip_blocked()
+        try:
+            while True:
+                for step in self._launchable():
+                    self._running[asyncio.create_task(self._step(step))] = step.id
+                if not self._running:
+                    return self._finish()
+                done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    del self._running[task]
+                # Every finished task is looked at before any error leaves, so that none goes unseen.
+                errors = [error for task in done if (error := task.exception()) is not None]
+                if errors:
+                    raise errors[0]
+        except GeneratorExit:  # the coroutine is being closed: nothing can be waited for
+            for task in self._running:
+                if not task.get_loop().is_closed():
+                    task.cancel()
+            raise
+        except BaseException:
+            await self._stop_others()
+            raise
+
+    def _launchable(self) -> list[PlanStep]:
+        """Ready steps that may start. One that waits for its answer keeps its place among those that may run at once,
+        so with ``max_concurrency`` 1 nothing overtakes it."""
+        if self._stop is not None:
+            return []
+        busy = {*self._running.values(), *self.gate.waiting}
+        ready = [step for step in ready_steps(self.state.plan, self.state.earlier) if step.id not in busy]
+        room = max(1, self._limits.max_concurrency) - len(busy)
+        budget = self._limits.max_total_steps - self.state.steps_taken - self._attempting
+        if ready and room > 0 and budget <= 0 and not self._running:
+            self._end_at_limit(ready[0])
+        return ready[: max(0, min(room, budget))]
+
+    def _end_at_limit(self, step: PlanStep) -> None:
+        limit = self._limits.max_total_steps
+        self.stop(
+            ExecutionStatus.FAILED,
+            f"Stopped at the limit of max_total_steps={limit} attempts before step {step.id!r}. "
+            "Raise ExecutorConfig.max_total_steps and resume, or make a plan with fewer steps.",
+        )
+
+    def stop(self, status: ExecutionStatus, reason: str | None) -> None:
+        """Start nothing more; what runs is finished first. The first reason counts."""
+        if self._stop is None:
+            self._stop = Ending(status, reason)
+
+    def _finish(self) -> Ending:
+        if self._stop is not None:
+            return self._stop
+        if self.gate.waiting:
+            listing = ", ".join(map(repr, sorted(self.gate.waiting)))
+            return Ending(ExecutionStatus.AWAITING_APPROVAL, f"Waiting for approval of {listing}")
+        found = standstill(self.state.plan, self.state.earlier)
+        return Ending(found.status, found.reason)
+
+    async def _stop_others(self) -> None:
+        """Cancel the steps in flight and wait for them; a commit under way is finished first."""
+        tasks = list(self._running)
+        for task in tasks:
+            task.cancel()
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                logger.warning("A step that was being stopped failed as well: %s", outcome)
+        self._running.clear()
+
+    # --- one step -----------------------------------------------------------------------------------------------
+
+    async def _step(self, step: PlanStep) -> None:
+        events: list[dict[str, Any]] = []
+        with self.port.recording(events):
+            _faults.reach("node.before")
+            await self._attempts(step, events)
+
+    async def _attempts(self, step: PlanStep, events: list[dict[str, Any]]) -> None:
+        """Attempt a step until it is accepted, given up, waits for a person, or the run stops."""
+        while True:
+            work: PlanStep | None = step
+            if step.requires_approval:
+                # Before each attempt: what was approved are the arguments too, and others may have changed the context.
+                work = await self.gate.allow(step, events)
+            if work is None:
+                return
+            # From here until the worker has its arguments nothing waits.
+            if self.state.steps_taken + self._attempting >= self._limits.max_total_steps:
+                self._end_at_limit(step)
+                return
+            before, settled = step.status, False
+            step.status, step.started_at = StepStatus.IN_PROGRESS, now()
+            step.attempts += 1
+            self._attempting += 1
+            try:
+                result = await self._work(step, work)
+                _faults.reach("node.after")
+                judgment = await self._judged(step, work, result)
+                _faults.reach("routing")
+                # An attempt counts once it is judged, so that a sibling's commit does not count one that a crash ends.
+                settled = True
+                self._attempting -= 1
+                self.state.steps_taken += 1
+                delay = await self._settle(step, result, judgment, events)
+            except BaseException:
+                if not settled:  # as if the attempt had not begun
+                    step.status = before
+                    step.attempts -= 1
+                    self._attempting -= 1
+                raise
+            if delay is None:
+                return
+            await asyncio.sleep(delay)
+            if self._stop is not None:
+                return
+
+    def _max_attempts(self, step: PlanStep) -> int:
+        said = "max_retries" in step.model_fields_set
+        return max(1, step.max_retries if said else self._limits.max_retries_per_step)
+
+    async def _work(self, step: PlanStep, work: PlanStep) -> StepExecutionResult:
+        standing = self.state.standing(step.id)
+        place = f"{self.run_id}/{step.id}"
+        info = AttemptInfo(
+            number=step.attempts,
+            feedback=standing.feedback,
+            idempotency_key=f"{place}#{standing.visit}" if standing.visit > 1 else place,
+            run_id=self.run_id,
+            child_run_id=f"{place}#{standing.visit}" if self.session is not None else None,
+        )
+        seconds = self._limits.timeout_seconds
+        kind = work.action.action_type.value
+        try:
+            async with asyncio.timeout(seconds if seconds and seconds > 0 else None) as limit:
+                return await self._worker.execute(
+                    work, self.state.memory.view(), outputs=self.state.outputs(), info=info
+                )
+        except Exception as error:
+            # A worker of the caller's own may raise anything; the judge decides what follows.
+            if is_infrastructure_error(error):
+                raise
+            if isinstance(error, TimeoutError) and limit.expired():
+                text = f"timed out after {seconds:g} s"
+                return StepExecutionResult(False, error=text, error_type="timeout", executor_type=kind)
+            return StepExecutionResult(False, error=error_text(error), error_type="exception", executor_type=kind)
+
+    async def _judged(self, step: PlanStep, work: PlanStep, result: StepExecutionResult) -> Judgment | None:
+        """The judgement; ``None`` when the judge failed, which ends the run."""
+        if result.error_type == SUB_GRAPH_PAUSED and not result.success:
+            return Judgment(action=JudgmentAction.ESCALATE, reasoning="Its sub-graph is paused", feedback=result.error)
+        seen = work.model_copy(
+            update={"attempts": step.attempts, "max_retries": self._max_attempts(step), "status": step.status}
+        )
+        plain = {
+            "success": result.success,
+            "outputs": result.outputs,
+            "error": result.error,
+            "error_type": result.error_type,
+            "tokens_used": result.tokens_used,
+            "latency_ms": result.latency_ms,
+            "executor_type": result.executor_type,
+        }
+        try:
+            return await self._judge.evaluate(seen, plain, self.goal, dict(self.state.memory.view()))
+        except Exception as error:
+            # A judge of the caller's own may raise anything. Its step was not judged, so nothing of it is taken.
+            if is_infrastructure_error(error):
+                raise
+            self.stop(ExecutionStatus.FAILED, f"The judge failed at step {step.id!r}: {error_text(error)}")
+            return None
+
+    async def _settle(
+        self, step: PlanStep, result: StepExecutionResult, judgment: Judgment | None, events: list[dict[str, Any]]
+    ) -> float | None:
+        """Take and commit what was decided. Seconds until the next attempt, or ``None`` when there is none.
+
+        Nothing waits before the commit is handed over: what is kept and what is committed change together.
+        """
+        standing = self.state.standing(step.id)
+        standing.tokens += result.tokens_used
+        standing.latency_ms += result.latency_ms
+        self.state.total_tokens += result.tokens_used
+        self.state.total_latency_ms += result.latency_ms
+        if judgment is None:
+            await self._back(step, "unjudged", "not judged", events)
+            return None
+        standing.judgment = judgment.model_dump(mode="json", exclude_defaults=True)
+        if judgment.action is JudgmentAction.ACCEPT:
+            await self._accept(step, result, events)
+            return None
+        feedback = judgment.feedback or result.error or judgment.reasoning
+        standing.feedback = feedback
+        if judgment.action is JudgmentAction.ESCALATE:
+            reason = f"Step {step.id!r} needs a person: {feedback}"
+            self.stop(ExecutionStatus.NEEDS_ESCALATION, reason)
+            self.port.problem("critical", reason)
+            await self._back(step, "escalated", feedback, events)
+            return None
+        if judgment.action is JudgmentAction.RETRY and step.attempts < self._max_attempts(step):
+            return await self._retry(step, result, feedback, events)
+        reason = (
+            feedback
+            if judgment.action is JudgmentAction.REPLAN
+            else f"failed after {step.attempts} attempts: {feedback}"
+        )
+        await self._fail(step, reason, events)
+        return None
+
+    async def _accept(self, step: PlanStep, result: StepExecutionResult, events: list[dict[str, Any]]) -> None:
+        state = self.state
+        before = (state.memory.snapshot(), state.stored.snapshot())
+        step.status, step.completed_at, step.error = StepStatus.COMPLETED, now(), None
+        state.standing(step.id).feedback = None
+        try:
+            state.complete(step, result.outputs)
+            self.gate.use_up(step)
+            state.keep(step)
+            if self.session is not None:
+                self.session.check(state.scopes)
+        except UnstorableValue as error:
+            state.memory.roll_back(before[0])
+            state.stored.roll_back(before[1])
+            state.drop_outputs(step)
+            await self._fail(step, f"its outputs cannot be stored: {error}", events)
+            return
+        self._last_step = step.id
+        if self.session is not None:
+            record = {"node": step.id, "visit": 1, "at": round(time.time(), 3)}
+            optional = {
+                "attempts": step.attempts if step.attempts > 1 else 0,
+                "tokens": result.tokens_used,
+                "latency_ms": result.latency_ms,
+            }
+            record |= {name: value for name, value in optional.items() if value}
+            ends = self._nothing_left()
+            progress = self._progress(step, RunState.COMPLETED if ends else None)
+            await self.session.step_done(
+                record, tuple(events), progress, state.scopes, state=RunState.COMPLETED if ends else None
+            )
+            events.clear()
+        if len(self._running) > 1:
+            _faults.reach("branch.between")
+
+    def _nothing_left(self) -> bool:
+        """Whether the step being committed is the plan's last, and all went well."""
+        alone = len(self._running) <= 1 and not self.gate.waiting and self._stop is None
+        plan, earlier = self.state.plan, self.state.earlier
+        return (
+            alone and not ready_steps(plan, earlier) and (standstill(plan, earlier).status is ExecutionStatus.COMPLETED)
+        )
+
+    async def _retry(
+        self, step: PlanStep, result: StepExecutionResult, feedback: str, events: list[dict[str, Any]]
+    ) -> float:
+        standing = self.state.standing(step.id)
+        step.status, step.error = StepStatus.PENDING, feedback
+        if result.success and result.executor_type == "sub_graph":
+            standing.visit += 1  # its run is completed and was not good enough: the next attempt needs a new one
+        self.port.problem(
+            "warning", f"Step {step.id!r}: attempt {step.attempts} of {self._max_attempts(step)} again: {feedback}"
+        )
+        self.port.decided(f"Retry plan step {step.id}", "retry", feedback, step.id)
+        self.state.keep(step)
+        if self.session is not None:
+            await self.session.attempt_failed(self._attempt_record(step, result, feedback), tuple(events))
+            events.clear()
+        return backoff_seconds(
+            self._limits.retry_delay_seconds, self._limits.retry_max_delay_seconds, step.attempts + 1, random.random()
+        )
+
+    def _attempt_record(self, step: PlanStep, result: StepExecutionResult, feedback: str) -> dict[str, Any]:
+        standing = self.state.standing(step.id)
+        record: dict[str, Any] = {"step": step.id, "node": step.id, "attempt": step.attempts, "error": feedback}
+        optional = {
+            "feedback": standing.feedback,
+            "judgment": standing.judgment,
+            "tokens": result.tokens_used,
+            "latency_ms": result.latency_ms,
+            "visit": standing.visit if standing.visit > 1 else None,
+        }
+        return record | {name: value for name, value in optional.items() if value}
+
+    async def _fail(self, step: PlanStep, reason: str, events: list[dict[str, Any]]) -> None:
+        step.status, step.error, step.completed_at = StepStatus.FAILED, reason, now()
+        text = f"Step {step.id!r} failed: {reason}"
+        self.port.problem("critical", text)
+        self.stop(ExecutionStatus.NEEDS_REPLAN, text)
+        self.gate.use_up(step)
+        self.state.keep(step)
+        await self.note({"kind": "failed", "node": step.id, "error": reason}, step, events)
+
+    async def _back(self, step: PlanStep, kind: str, reason: str, events: list[dict[str, Any]]) -> None:
+        """The step may run again when the run goes on; now the run ends."""
+        step.status, step.error = StepStatus.PENDING, reason
+        self.state.keep(step)
+        await self.note({"kind": kind, "node": step.id, "error": reason}, step, events)
+
+    # --- what is committed --------------------------------------------------------------------------------------
+
+    async def note(self, record: Mapping[str, Any], step: PlanStep, events: list[dict[str, Any]]) -> None:
+        if self.session is not None:
+            await self.session.note(record, tuple(events), self._progress(step), self.state.scopes)
+            events.clear()
+
+    async def commit_resume(self, record: Mapping[str, Any]) -> None:
+        """Make durable what a resume brought, before its first step."""
+        if self.session is not None:
+            await self.session.note(record, (), self._progress(None), self.state.scopes)
+
+    def _progress(self, step: PlanStep | None, run_state: RunState | None = None) -> Progress:
+        return progress_of(self.state, step, self._last_step, run_state)
+
+    async def end(self, run_state: RunState, error: str | None, events: Sequence[dict[str, Any]] = ()) -> None:
+        """Record an ending that was not part of a step's commit."""
+        if self.session is not None and not self.session.ended:
+            progress = self._progress(None, run_state)
+            await self.session.end(run_state, error, events, progress, self.state.scopes)
+
+
+def progress_of(state: PlanState, step: PlanStep | None, last_step: str, run_state: RunState | None = None) -> Progress:
+    """Where a plan stands, as a checkpoint records it: counts and the step it follows, never the history."""
+    ready = ready_steps(state.plan, state.earlier)
+    return Progress(
+        node_id=step.id if step is not None else last_step,
+        next_id=ready[0].id if ready else None,
+        step_number=sum(1 for each in state.plan.steps if each.status in FINAL),
+        total_tokens=state.total_tokens,
+        total_latency_ms=state.total_latency_ms,
+        position={"steps_taken": state.steps_taken, "revision": state.plan.revision},
+        status=_CHECKPOINT_STATUS.get(run_state, CheckpointStatus.IN_PROGRESS)
+        if run_state is not None
+        else CheckpointStatus.IN_PROGRESS,
+        steps={step.id: state.record(step)} if step is not None else {},
+    )

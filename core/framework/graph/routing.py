@@ -1,0 +1,98 @@
+"""Where a run goes after a node: a router's choice, or the edges that hold, and the inputs they map."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from framework.graph.edge import EdgeCondition, EdgeSpec, GraphSpec
+from framework.graph.goal import Goal
+from framework.graph.memory import SharedMemory
+from framework.graph.node_base import NodeResult, NodeSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The nodes to go to, in order, and for each the values its edge maps into the state.
+
+    ``error`` says why there is no valid way.
+    """
+
+    targets: tuple[str, ...] = ()
+    mapped: tuple[dict[str, Any], ...] = ()
+    error: str | None = None
+
+
+async def choose(
+    graph: GraphSpec,
+    spec: NodeSpec,
+    memory: SharedMemory,
+    result: NodeResult,
+    *,
+    llm: Any,
+    goal: Goal,
+    on_warning: Callable[[str], None],
+) -> Route:
+    """The route after ``spec`` returned ``result``.
+
+    A router's ``next_node`` wins and maps nothing. Otherwise the first edge that holds, by priority; for a successful
+    fan-out node every edge that holds. No edge means the end, of the branch or the run. After a success in a terminal
+    node nothing is evaluated.
+    """
+    if result.success and spec.id in graph.terminal_nodes:
+        return Route()
+    next_node = result.next_node if result.success else None
+    if next_node:
+        if graph.get_node(next_node) is None:
+            return Route(error=f"Node {spec.name!r} chose {next_node!r} as next, which is not in graph {graph.id!r}.")
+        return Route((next_node,), ({},))
+    taken: list[EdgeSpec] = []
+    for edge in graph.get_outgoing_edges(spec.id):
+        if await _holds(graph, spec, edge, memory, result, llm=llm, goal=goal, on_warning=on_warning):
+            taken.append(edge)
+            if not (spec.fan_out and result.success):
+                break
+    return Route(tuple(edge.target for edge in taken), tuple(_map(edge, result, memory) for edge in taken))
+
+
+async def _holds(
+    graph: GraphSpec,
+    spec: NodeSpec,
+    edge: EdgeSpec,
+    memory: SharedMemory,
+    result: NodeResult,
+    *,
+    llm: Any,
+    goal: Goal,
+    on_warning: Callable[[str], None],
+) -> bool:
+    def ask() -> bool:
+        target = graph.get_node(edge.target)
+        return edge.should_traverse(
+            result.success,
+            result.output or {},
+            memory.view(),
+            llm=llm,
+            goal=goal,
+            source_node_name=spec.name,
+            target_node_name=target.name if target is not None else edge.target,
+            on_warning=on_warning,
+        )
+
+    if edge.condition is EdgeCondition.LLM_DECIDE and llm is not None:
+        # It asks a model over the network, synchronously: not on the event loop.
+        return await asyncio.to_thread(ask)
+    return ask()
+
+
+def _map(edge: EdgeSpec, result: NodeResult, memory: SharedMemory) -> dict[str, Any]:
+    """The values an edge maps. A value taken from the state is from now on known under two keys."""
+    output = result.output or {}
+    if not result.success and not edge.input_mapping:
+        return {}  # what a failed node put out is no result: it is passed on only where a mapping asks for it
+    for source in edge.input_mapping.values():
+        if source not in output:
+            memory.peek(source)
+    return edge.map_inputs(output, memory.view())

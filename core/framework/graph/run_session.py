@@ -1,0 +1,340 @@
+"""One durable run in this process: opened, committed to step by step, and ended. Shared by both executors.
+
+A session owns the run's lease from ``open_session`` to ``end``. It collects what each step leaves behind (a record,
+decisions and problems, changed scopes of the state, the next position), decides with the manager's configuration when
+that is committed, and hands commits to the store's committer thread, so the event loop never waits for a disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from framework import _faults
+from framework.errors import StorageError, SurefootError
+from framework.graph.checkpoint_rules import is_due
+from framework.graph.memory import SharedMemory
+from framework.graph.run_commits import Pending, Progress, RunCommits, wait_for
+from framework.graph.run_opening import Definition, Restored, open_run
+from framework.graph.state_tracker import Staged, StateTracker
+from framework.schemas.checkpoint import CheckpointConfig
+from framework.schemas.run import RunState
+from framework.storage import codec
+from framework.storage.committer import Committer, committer_of
+from framework.storage.interface import Storage
+from framework.storage.ownership import new_owner, retire
+from framework.storage.records import NewRun, RunRecord
+
+__all__ = ["Opened", "Progress", "RunSession", "open_session", "wait_for"]
+
+logger = logging.getLogger(__name__)
+
+_LAST_ATTEMPTS = 6
+"""How often a run's last commit is tried under ``on_commit_error="continue"``: no later one could make up for it."""
+
+_LAST_DELAY_SECONDS = 0.05
+"""Before the second of them; doubled before each further one, 1.55 s in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A run taken hold of: ``session`` is ``None`` when it is completed; ``restored`` is ``None`` when it is new."""
+
+    session: RunSession | None
+    restored: Restored | None
+
+
+async def open_session(
+    storage: Storage,
+    config: CheckpointConfig,
+    definition: Definition,
+    run_id: str,
+    *,
+    initial: Mapping[str, Any],
+    input_data: Mapping[str, Any],
+    header: Mapping[str, Any],
+    on_problem: Callable[[str], None],
+    scopes: Mapping[str, SharedMemory] | None = None,
+    parent_run_id: str | None = None,
+) -> Opened:
+    """Start the run ``run_id``, take it over, or look up its result; durable on return.
+
+    ``initial`` is a new run's state (its input included), ``scopes`` what it begins with beside that, and
+    ``parent_run_id`` the run it is a part of. ``on_problem`` is told what went wrong without ending the
+    run: damaged checkpoints passed over, commits that failed under ``on_commit_error="continue"``. Raises
+    ``RunBusy``, ``DefinitionChanged``, ``ResumeError``, ``UnstorableValue`` (nothing is recorded then),
+    ``UnknownType``, ``StorageError``.
+    """
+    committer = committer_of(storage)
+    tracker = StateTracker(definition.append_only)
+    memory = SharedMemory()
+    for key, value in initial.items():
+        memory.put(key, value)
+    staged = tracker.stage({**(scopes or {}), "": memory})
+    new = NewRun(
+        run_id=run_id,
+        executor_type=definition.executor_type.value,
+        goal_id=definition.goal_id,
+        fingerprint=definition.fingerprint,
+        definition=codec.encode(dict(definition.body), "definition"),
+        header=codec.encode({**header, "definition_id": definition.id, "input_keys": list(input_data)}, "header"),
+        chunks=staged.chunks,
+        parent_run_id=parent_run_id,
+    )
+    owner = new_owner()
+    lease = config.lease_seconds
+    allow_change = config.definition_change == "allow"
+    try:
+        record, restored = await wait_for(
+            committer.call(lambda store: open_run(store, new, owner, lease, definition, allow_change))
+        )
+    except BaseException:
+        retire(owner)
+        raise
+    if restored is None:
+        tracker.accept(staged)
+    else:
+        tracker.load(restored.state, restored.values)
+        for item in restored.damage:
+            on_problem(f"{item.where} of run {run_id!r} is damaged and was passed over: {item.problem}")
+    if restored is not None and restored.found is RunState.COMPLETED:
+        retire(owner)
+        return Opened(None, restored)
+    session = RunSession(config, committer, record, owner, tracker, on_problem)
+    if restored is not None:
+        session.take_up(restored)
+    return Opened(session, restored)
+
+
+class RunSession:
+    """The durable side of one run. Made by ``open_session``; used by one executor, from one event loop."""
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        committer: Committer,
+        run: RunRecord,
+        owner: str,
+        tracker: StateTracker,
+        on_problem: Callable[[str], None],
+    ) -> None:
+        self.run_id = run.run_id
+        self._config = config
+        self._committer = committer
+        self._owner = owner
+        self._token = run.token
+        self._tracker = tracker
+        self._on_problem = on_problem
+        self._commits = RunCommits(config, committer, run, tracker, on_problem)
+        self._records: list[Mapping[str, Any]] = []
+        self._events: list[Mapping[str, Any]] = []
+        self._scopes: dict[str, SharedMemory] = {}
+        self._over: set[str] = set()
+        self._checked: tuple[Mapping[str, SharedMemory], Staged] | None = None
+        self._saved_step = 0
+        self._ended = False
+        committer.hold(self.run_id, self._token, config.lease_seconds)
+
+    @property
+    def checkpoint_id(self) -> str | None:
+        """The run's newest checkpoint, which under ``durability="async"`` may still be on its way."""
+        return self._commits.checkpoint_id
+
+    def take_up(self, restored: Restored) -> None:
+        """Go on after a restored checkpoint."""
+        self._commits.checkpoint_id = restored.checkpoint_id
+        self._saved_step = int(restored.body.get("step_number") or 0)
+        if restored.rewinds:
+            self._records.append({"kind": "rewind", "to": restored.checkpoint_sequence})
+
+    # --- what a step leaves behind ------------------------------------------------------------------------------
+
+    async def note(
+        self,
+        record: Mapping[str, Any],
+        events: Sequence[Mapping[str, Any]],
+        progress: Progress,
+        scopes: Mapping[str, SharedMemory],
+        *,
+        state: RunState | None = None,
+    ) -> None:
+        """Commit something that is no step: the input a resume brought, or a wait for an answer (``state`` paused)."""
+        self._scopes.update(scopes)
+        self._records.append(record)
+        self._events.extend(events)
+        self._put(progress, state=state)
+        await self._settle(state)
+
+    async def attempt_failed(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
+        """Record a failed attempt that will be retried, so that a restart continues its budget."""
+        self.keep_attempt(record, events)
+        # Not ahead of finished steps that still wait for their checkpoint: the log would tell of them without it.
+        waiting = any(kept["kind"] == "step" for kept in self._records)
+        if self._config.durability != "exit" and not waiting:
+            self._put(None)
+            await self._settle()
+
+    def keep_attempt(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
+        """Keep a failed attempt for the next commit: the last one, which the run's ending follows."""
+        self._records.append({"kind": "attempt", **record})
+        self._events.extend(events)
+
+    def check(self, scopes: Mapping[str, SharedMemory]) -> None:
+        """Raise ``UnstorableValue`` when these memories hold what cannot be stored.
+
+        A ``step_done`` that follows at once, with the same memories unchanged, does not encode them again.
+        """
+        self._checked = None
+        self._checked = (dict(scopes), self._tracker.stage(scopes))
+
+    async def step_done(
+        self,
+        record: Mapping[str, Any],
+        events: Sequence[Mapping[str, Any]],
+        progress: Progress,
+        scopes: Mapping[str, SharedMemory],
+        over: Iterable[str] = (),
+        *,
+        quiet: bool = True,
+        state: RunState | None = None,
+    ) -> None:
+        """Commit a finished step, or keep it for the next commit when none is due.
+
+        ``scopes`` are the memories the step changed, by branch; branches in ``over`` are gone. ``quiet`` says that no
+        other step is in flight. A ``state`` (completed, paused) ends the session with this commit. What is committed
+        is fixed before the first ``await``, so concurrent steps commit in the order they call this.
+        Raises ``StorageError`` or ``LeaseLost`` when a commit was refused; under ``on_commit_error="continue"``
+        only ``LeaseLost``.
+        """
+        checked, self._checked = self._checked, None
+        gone = set(over)
+        for branch in gone:
+            self._scopes.pop(branch, None)
+        self._scopes.update({branch: memory for branch, memory in scopes.items() if branch not in gone})
+        self._over |= gone
+        self._records.append({"kind": "step", **record})
+        self._events.extend(events)
+        if state is None:
+            if self._config.durability == "exit":
+                return
+            # A commit that also takes up earlier steps must find every branch at rest.
+            if self._config.save_frequency != "every_node" and not (quiet and self._is_due(progress)):
+                return
+        _faults.reach("commit.before")
+        self._put(progress, state=state, checked=checked)
+        await self._settle(state)
+        _faults.reach("commit.after")
+
+    async def end(
+        self,
+        state: RunState,
+        error: str | None,
+        events: Sequence[Mapping[str, Any]],
+        progress: Progress,
+        scopes: Mapping[str, SharedMemory],
+        over: Iterable[str] = (),
+    ) -> None:
+        """Record that the run ended without a last step (failed, cancelled, nothing left to do) and give it up.
+
+        ``progress`` and ``scopes`` are committed with it when finished steps still wait for a commit.
+        """
+        waiting = self._commits.lost_track or any(record["kind"] == "step" for record in self._records)
+        self._records.append({"kind": "end", "state": state.value, **({"error": error} if error else {})})
+        self._events.extend(events)
+        if waiting or state is RunState.COMPLETED:
+            self._scopes.update(scopes)
+            self._over |= set(over)
+            self._put(progress, state=state, error=error)
+        else:
+            self._put(None, state=state, error=error)
+        for attempt in range(_LAST_ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(_LAST_DELAY_SECONDS * 2 ** (attempt - 1))
+            await self._settle(state)
+            if self._ended:
+                return
+        self._on_problem(
+            f"The end of the run could not be recorded in {_LAST_ATTEMPTS} attempts. The store has it as crashed: when "
+            "it is resumed, the steps after its last checkpoint run again."
+        )
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run has been given up, by its last commit or by ``abandon``."""
+        return self._ended
+
+    async def abandon(self) -> None:
+        """Stop holding the run, whatever happened; harmless after its end. What is committed stays."""
+        if not self._ended:
+            released = self.let_go()
+            if released is not None:
+                await wait_for(released)
+
+    def let_go(self) -> Future[None] | None:
+        """``abandon`` for a coroutine that is being closed, where nothing can be waited for."""
+        self._close()
+        token, run_id = self._token, self.run_id
+        try:
+            return self._committer.call(lambda storage: _release_quietly(storage, run_id, token))
+        except StorageError as error:  # the store itself is gone, as when the program ends
+            logger.warning("The lease of run %r was not released; it expires by itself: %s", run_id, error)
+            return None
+
+    def _close(self) -> None:
+        self._ended = True
+        self._committer.drop(self.run_id, self._token)
+        retire(self._owner)
+
+    # --- commits ------------------------------------------------------------------------------------------------
+
+    def _is_due(self, progress: Progress) -> bool:
+        """Whether a multiple of ``n_nodes`` was reached since the last checkpoint, maybe before this quiet moment."""
+        steps = range(self._saved_step + 1, progress.step_number + 1)
+        return any(is_due(self._config, step) for step in steps[-self._config.n_nodes :])
+
+    def _put(
+        self,
+        progress: Progress | None,
+        *,
+        state: RunState | None = None,
+        error: str | None = None,
+        checked: tuple[Mapping[str, SharedMemory], Staged] | None = None,
+    ) -> None:
+        """Make one commit of everything collected."""
+        commit = Pending(self._records, self._events, progress=progress, state=state, error=error)
+        if progress is not None:
+            if checked is not None and checked[0] == self._scopes and not self._over:
+                staged = checked[1]
+            else:
+                staged = self._tracker.stage(self._scopes, self._over)
+            commit.chunks, commit.digest = staged.chunks, staged.digest
+            self._tracker.accept(staged)
+            self._scopes, self._over = {}, set()
+            self._saved_step = progress.step_number
+        self._records, self._events = [], []
+        self._commits.put(commit)
+
+    async def _settle(self, state: RunState | None = None) -> None:
+        """Wait for what was made as the durability asks; always when a ``state`` ends the run."""
+        await self._commits.settle(wait=self._config.durability != "async" or state is not None)
+        if self._commits.ended is None or self._ended:
+            return
+        self._close()
+        if self._commits.ended is RunState.COMPLETED and self._config.on_success == "delete":
+            run_id = self.run_id
+            try:
+                await wait_for(self._committer.call(lambda storage: storage.delete_run(run_id)))
+            except SurefootError as error:
+                # The run is completed, and durably so: it only takes up room.
+                self._on_problem(f"The completed run was not removed from the store: {error}")
+
+
+def _release_quietly(storage: Storage, run_id: str, token: int) -> None:
+    try:
+        storage.release_lease(run_id, token)
+    except StorageError as error:
+        logger.warning("The lease of run %r was not released; it expires by itself: %s", run_id, error)

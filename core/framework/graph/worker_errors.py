@@ -1,0 +1,52 @@
+"""What kind of error a failed call is, by the exception's type and status code, never by words of its message. Pure."""
+
+from __future__ import annotations
+
+import errno
+
+RATE_LIMIT = "rate_limit"
+TIMEOUT = "timeout"
+CONNECTION = "connection_error"
+
+_BY_STATUS = {408: TIMEOUT, 429: RATE_LIMIT, 502: CONNECTION, 503: CONNECTION, 504: TIMEOUT, 529: RATE_LIMIT}
+# Names of exceptions of the common clients, whose packages are not imported for this; subclasses count.
+_BY_NAME = {
+    "RateLimitError": RATE_LIMIT,
+    "TooManyRequests": RATE_LIMIT,
+    "ResourceExhausted": RATE_LIMIT,
+    "APITimeoutError": TIMEOUT,
+    "TimeoutException": TIMEOUT,
+    "Timeout": TIMEOUT,
+    "ReadTimeout": TIMEOUT,
+    "ConnectTimeout": TIMEOUT,
+    "DeadlineExceeded": TIMEOUT,
+    "APIConnectionError": CONNECTION,
+    "ConnectError": CONNECTION,
+    "NetworkError": CONNECTION,
+    "ServiceUnavailableError": CONNECTION,
+    "ServiceUnavailable": CONNECTION,
+}
+_UNREACHABLE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN})
+
+
+def transient_kind(error: BaseException) -> str | None:
+    """``timeout``, ``rate_limit`` or ``connection_error`` when ``error`` is likely to pass by itself, else ``None``."""
+    response = getattr(error, "response", None)
+    for holder in (error, response):
+        for attribute in ("status_code", "status", "code"):
+            status = getattr(holder, attribute, None)
+            if isinstance(status, int) and status in _BY_STATUS:
+                return _BY_STATUS[status]
+    if isinstance(error, TimeoutError):
+        return TIMEOUT
+    if isinstance(error, ConnectionError) or (isinstance(error, OSError) and error.errno in _UNREACHABLE):
+        return CONNECTION
+    for cls in type(error).__mro__:
+        if cls.__name__ in _BY_NAME:
+            return _BY_NAME[cls.__name__]
+    return None
+
+
+def error_text(error: BaseException) -> str:
+    """The error's message, or its type when it has none."""
+    return str(error) or type(error).__name__

@@ -1,0 +1,373 @@
+"""Checkpoints over any backend: what a checkpoint's stored body says, and how model and rows become each other.
+
+The body of a checkpoint row holds the position, counters and totals, never the state (chunks) nor the path (log).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from framework.errors import (
+    CommitConflict,
+    CorruptData,
+    RunExists,
+    RunNotFound,
+    StorageError,
+    StoreTooNew,
+    UnstorableValue,
+)
+from framework.schemas.checkpoint import FORMAT_VERSION, Checkpoint, CheckpointMetadata, CheckpointStatus, StepRecord
+from framework.storage import chunks as chunklib
+from framework.storage import codec
+from framework.storage.checks import MAX_KEY, check_id
+from framework.storage.chunks import Chunk
+from framework.storage.records import NO_TOKEN, CheckpointRow, Commit, Damage, LogRow, NewRun
+
+if TYPE_CHECKING:
+    from framework.storage.interface import Storage
+
+SCOPE_MARK = "\x00"
+"""Separates a branch's id from a key of that branch's own state; keys of the run's state never hold it."""
+
+_SAVE_ATTEMPTS = 20
+_READ_ATTEMPTS = 300  # each beaten by a commit and its retention: a writer that does nothing else
+
+T = TypeVar("T")
+
+
+def body_of(checkpoint: Checkpoint, *, digest: str, path: Sequence[str] | None = None) -> bytes:
+    """The stored body of a checkpoint. ``path`` only when the run's log does not tell it."""
+    body: dict[str, Any] = {
+        "v": checkpoint.format_version,
+        "executor": checkpoint.executor_type.value,
+        "at": checkpoint.created_at,
+        "status": checkpoint.status.value,
+        "step_number": checkpoint.step_number,
+        "tokens": checkpoint.total_tokens,
+        "latency_ms": checkpoint.total_latency_ms,
+        "digest": digest,
+    }
+    optional = {
+        "node": checkpoint.current_node_id,
+        "step": checkpoint.current_step_id,
+        "next": checkpoint.next_node_id,
+        "position": checkpoint.position or None,
+        "context": checkpoint.context or None,
+        "steps": {key: record.model_dump() for key, record in checkpoint.steps.items()} or None,
+        "extra": checkpoint.model_extra or None,
+        "path": list(path) if path else None,
+    }
+    body.update((key, value) for key, value in optional.items() if value is not None)
+    return codec.encode(body, "checkpoint")
+
+
+def parse_body(row: CheckpointRow) -> dict[str, Any]:
+    """The body of a row. Raises ``CorruptData``, ``StoreTooNew``, ``UnknownType``."""
+    body = codec.decode(row.body)
+    if not isinstance(body, dict) or "v" not in body:
+        raise CorruptData(f"Checkpoint {row.checkpoint_id!r} has no readable body.")
+    if body["v"] > FORMAT_VERSION:
+        raise StoreTooNew(
+            f"Checkpoint {row.checkpoint_id!r} has format version {body['v']}; this library reads up to "
+            f"{FORMAT_VERSION}. Upgrade surefoot to resume it."
+        )
+    return body
+
+
+def _model(cls: type[Any], row: CheckpointRow, **fields: Any) -> Any:
+    try:
+        return cls(**fields)
+    except ValueError as error:
+        raise CorruptData(f"Checkpoint {row.checkpoint_id!r} has an unreadable body: {error}") from None
+
+
+def metadata(run_id: str, row: CheckpointRow) -> CheckpointMetadata:
+    """The listing entry of a row. Raises ``CorruptData``, ``StoreTooNew``."""
+    body = parse_body(row)
+    made: CheckpointMetadata = _model(
+        CheckpointMetadata,
+        row,
+        id=row.checkpoint_id,
+        run_id=run_id,
+        executor_type=body.get("executor"),
+        node_id=body.get("node") or body.get("step") or "unknown",
+        created_at=body.get("at"),
+        step_number=body.get("step_number"),
+        total_tokens=body.get("tokens"),
+        total_latency_ms=body.get("latency_ms"),
+        sequence=row.sequence,
+        status=body.get("status", CheckpointStatus.IN_PROGRESS),
+    )
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A state as stored: each key's encoded value and its chain (see ``chunks.chain``)."""
+
+    values: Mapping[str, bytes]
+    chains: Mapping[str, int]
+
+
+def fold(chunks: Iterable[Chunk]) -> State:
+    """The state that chunks, in order, make from nothing. Raises ``CorruptData`` when they do not fit together."""
+    chunks = list(chunks)
+    chains: dict[str, int] = {}
+    for chunk in chunks:
+        chains[chunk.key] = chunklib.chain(chains.get(chunk.key, 0), chunk)
+    try:
+        values = chunklib.apply(chunks, {})
+    except ValueError as error:
+        raise CorruptData(f"The stored chunks do not make a state: {error}.") from None
+    return State(values, {key: chains[key] for key in values})
+
+
+def load_state(storage: Storage, run_id: str, sequence: int, digest: str | None = None) -> State:
+    """The state at ``sequence``, checked against ``digest`` when given. Raises ``CorruptData``."""
+    state = fold(storage.read_chunks(run_id, sequence))
+    if digest is not None and digest != format_digest(state.chains.values()):
+        raise CorruptData(
+            f"The state of run {run_id!r} at sequence {sequence} does not match its digest: "
+            "chunks are missing, altered or foreign."
+        )
+    return state
+
+
+def read_newest(
+    storage: Storage,
+    run_id: str,
+    build: Callable[[CheckpointRow], T],
+    on_damage: Callable[[Damage], None],
+) -> T | None:
+    """What ``build`` makes of the newest checkpoint for which it does not raise ``CorruptData``, or ``None``.
+
+    Older ones are tried after each damaged one, which is told to ``on_damage``. Other processes may commit and prune
+    meanwhile: a checkpoint that went while it was being read is not damaged, and the newest is looked for again.
+    """
+    for _ in range(_READ_ATTEMPTS):
+        damage: list[Damage] = []
+        raced = False
+        made: T | None = None
+        for row in storage.read_checkpoint_rows(run_id, damage.append):
+            try:
+                made = build(row)
+            except CorruptData as error:
+                raced = not is_retained(storage, run_id, row)
+                if raced:
+                    break
+                damage.append(Damage(run_id, row.sequence, f"checkpoint {row.checkpoint_id}", str(error)))
+            else:
+                break
+        if not raced:
+            for found in damage:
+                on_damage(found)
+            return made
+    raise StorageError(f"The checkpoints of run {run_id!r} kept changing while they were read; call again.")
+
+
+def is_retained(storage: Storage, run_id: str, row: CheckpointRow) -> bool:
+    """Whether a checkpoint is still there, readable or not."""
+    try:
+        found = storage.find_checkpoint_row(run_id, row.checkpoint_id)
+    except CorruptData:
+        return True
+    return found is not None and found.sequence == row.sequence
+
+
+def format_digest(chains: Iterable[int]) -> str:
+    """The digest of a state, as checkpoints record it."""
+    return f"{chunklib.state_digest(chains):016x}"
+
+
+def decode_state(values: Mapping[str, bytes]) -> dict[str, Any]:
+    """The run's own state as live values; keys of branches are left out. Raises ``CorruptData``, ``UnknownType``."""
+    return {key: value for key, value in decode_values(values).items() if SCOPE_MARK not in key}
+
+
+def decode_values(values: Mapping[str, bytes]) -> dict[str, Any]:
+    """A whole state as live values, by stored key. Raises ``CorruptData``, ``UnknownType``.
+
+    A reference to another key, at the top or as an entry of a dict at the top, becomes that key's very object.
+    """
+    decoded = {key: codec.decode(data) for key, data in values.items()}
+
+    def target(reference: codec.StateRef) -> Any:
+        found = decoded.get(reference.key, reference)
+        if isinstance(found, codec.StateRef):
+            raise CorruptData(f"The state refers to key {reference.key!r}, which it does not hold.")
+        return found
+
+    references = [key for key, value in decoded.items() if isinstance(value, codec.StateRef)]
+    resolved = {key: target(decoded[key]) for key in references}
+    for value in decoded.values():
+        if type(value) is dict:
+            for name, item in value.items():
+                if isinstance(item, codec.StateRef):
+                    value[name] = target(item)
+    return decoded | resolved
+
+
+def parse_log(rows: Iterable[LogRow]) -> list[dict[str, Any]]:
+    """The records of log rows, each with the ``sequence`` of its commit. Raises ``CorruptData``.
+
+    A commit may hold several. Steps that a rewind undid are left out.
+    """
+    records: list[dict[str, Any]] = []
+    for row in rows:
+        parsed = codec.decode(row.record)
+        if not isinstance(parsed, list) or not all(isinstance(record, dict) for record in parsed):
+            raise CorruptData(f"The log row {row.sequence} does not hold records.")
+        for record in parsed:
+            if record.get("kind") == "rewind":
+                records = [earlier for earlier in records if earlier["sequence"] <= record["to"]]
+            records.append({**record, "sequence": row.sequence})
+    return records
+
+
+def path_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The nodes in the order the definition gives them: the steps of a branch follow its fan-out, branch by branch.
+
+    Records come in the order of their commits, which among concurrent branches is chance.
+    """
+    by_branch: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        if record.get("kind") == "step":
+            by_branch.setdefault(record.get("branch", ""), []).append(record)
+
+    path: list[str] = []
+
+    def walk(branch: str) -> None:
+        for record in by_branch.get(branch, ()):
+            path.append(record["node"])
+            for child in record.get("branches", ()):
+                walk(child)
+
+    walk("")
+    return path
+
+
+def build_checkpoint(
+    storage: Storage, run_id: str, row: CheckpointRow, on_damage: Callable[[Damage], None]
+) -> Checkpoint:
+    """The whole checkpoint of a row. Raises ``CorruptData``, ``StoreTooNew``, ``UnknownType``.
+
+    Damaged rows of the log, whose steps its path then lacks, are told to ``on_damage``.
+    """
+    body = parse_body(row)
+    state = load_state(storage, run_id, row.sequence, body.get("digest"))
+    run = storage.find_run(run_id)
+    path = body.get("path")
+    if path is None:
+        log = parse_log(storage.read_log(run_id, on_damage=on_damage))
+        path = path_of(record for record in log if record["sequence"] <= row.sequence)
+    header = codec.decode(run.header) if run is not None and run.header else {}
+    input_data = None
+    if header.get("input_keys") is not None:
+        initial = decode_state(load_state(storage, run_id, 0).values)
+        input_data = {key: initial[key] for key in header["input_keys"] if key in initial}
+    made: Checkpoint = _model(
+        Checkpoint,
+        row,
+        **body.get("extra", {}),
+        id=row.checkpoint_id,
+        run_id=run_id,
+        executor_type=body.get("executor"),
+        created_at=body.get("at"),
+        current_node_id=body.get("node"),
+        current_step_id=body.get("step"),
+        next_node_id=body.get("next"),
+        memory_snapshot=decode_state(state.values),
+        execution_path=path,
+        step_number=body.get("step_number"),
+        total_tokens=body.get("tokens"),
+        total_latency_ms=body.get("latency_ms"),
+        context=body.get("context", {}),
+        format_version=body["v"],
+        sequence=row.sequence,
+        status=body.get("status"),
+        goal_id=run.goal_id or None if run is not None else None,
+        definition_id=header.get("definition_id"),
+        fingerprint=run.fingerprint or None if run is not None else None,
+        input_data=input_data,
+        position=body.get("position", {}),
+        steps={key: StepRecord(**record) for key, record in body.get("steps", {}).items()},
+        digest=body.get("digest"),
+    )
+    return made
+
+
+def encode_state(state: Mapping[str, Any]) -> dict[str, bytes]:
+    """Each value's stored bytes. Raises ``UnstorableValue`` naming the path ``state.<key>...``."""
+    encoded = {}
+    for key, value in state.items():
+        check_key(key)
+        encoded[key] = codec.encode(value, f"state.{key}" if key.isidentifier() else f"state[{key!r}]")
+    return encoded
+
+
+def check_key(key: object) -> None:
+    """Raise ``UnstorableValue`` unless ``key`` can be a key of the state."""
+    if not isinstance(key, str):
+        raise UnstorableValue(f"state[{key!r:.60}]", f"a key of the state is a str, not {type(key).__name__}")
+    if not key or SCOPE_MARK in key or len(key) > MAX_KEY:
+        raise UnstorableValue(
+            f"state[{key!r:.60}]", f"a key of the state has 1 to {MAX_KEY} characters and no NUL; this has {len(key)}"
+        )
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise UnstorableValue(f"state[{key!r:.60}]", "a key of the state must not hold lone surrogates") from None
+
+
+def save_checkpoint(storage: Storage, checkpoint: Checkpoint) -> None:
+    """Store a checkpoint given whole: see ``Storage.save_checkpoint``."""
+    run_id = check_id(checkpoint.run_id)
+    check_id(checkpoint.id, "checkpoint id", MAX_KEY)
+    new = encode_state(checkpoint.memory_snapshot)
+    if storage.find_run(run_id) is None:
+        _accept(storage, checkpoint)
+    for remaining in reversed(range(_SAVE_ATTEMPTS)):
+        run = storage.find_run(run_id)
+        if run is None:
+            raise RunNotFound(run_id)
+        old = fold(storage.read_chunks(run_id, run.sequence))
+        chunks = chunklib.diff(old.values, new)
+        chains = dict(old.chains)
+        for chunk in chunks:
+            chains[chunk.key] = chunklib.chain(chains.get(chunk.key, 0), chunk)
+        digest = format_digest(chains.values())
+        replaced = storage.find_checkpoint_row(run_id, checkpoint.id)
+        commit = Commit(
+            run_id=run_id,
+            token=NO_TOKEN,
+            sequence=run.sequence + 1,
+            record=codec.encode([{"kind": "save", "node": checkpoint.node_id}]),
+            checkpoint_id=checkpoint.id,
+            checkpoint=body_of(checkpoint, digest=digest, path=checkpoint.execution_path),
+            chunks=chunks,
+            replaces=None if replaced is None else replaced.sequence,
+        )
+        error = storage.commit([commit])[0]
+        if error is None:
+            return
+        if not isinstance(error, CommitConflict) or not remaining:
+            raise error
+        # Another saver took this sequence: look again.
+
+
+def _accept(storage: Storage, checkpoint: Checkpoint) -> None:
+    try:
+        storage.open_run(
+            NewRun(
+                run_id=checkpoint.run_id,
+                executor_type=checkpoint.executor_type.value,
+                goal_id=checkpoint.goal_id or "",
+                fingerprint=checkpoint.fingerprint or "",
+                definition=b"{}",
+                header=codec.encode({"definition_id": checkpoint.definition_id}),
+            )
+        )
+    except RunExists:
+        return  # another saver was first, which is as good

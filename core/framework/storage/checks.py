@@ -1,0 +1,90 @@
+"""What every store refuses before it touches anything: ids and keys that name nothing, commits that contradict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from framework.errors import InvalidId, StorageError
+from framework.schemas.run import RunState
+from framework.storage.chunks import Chunk
+from framework.storage.records import Commit, NewRun
+
+MAX_RUN_ID = 255
+MAX_KEY = 1_000
+
+
+def check_text(value: object, what: str) -> str:
+    """``value`` if a store can hold it: any text, empty too, without lone surrogates. Else ``InvalidId``."""
+    if not isinstance(value, str):
+        raise InvalidId(f"A {what} is a str, not {type(value).__name__} ({value!r:.80}).")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidId(f"A {what} must be valid Unicode; this one has lone surrogates: {value[:80]!r}.") from None
+    return value
+
+
+def check_id(value: object, what: str = "run id", limit: int = MAX_RUN_ID) -> str:
+    """``value`` if it can name something in a store, else ``InvalidId`` saying why not."""
+    text = check_text(value, what)
+    if not text:
+        raise InvalidId(f"A {what} must not be empty.")
+    if len(text) > limit:
+        raise InvalidId(f"A {what} has at most {limit} characters; this one has {len(text)}: {text[:40]!r}...")
+    if "\x00" in text:
+        raise InvalidId(f"A {what} must not contain NUL: {text[:80]!r}.")
+    return text
+
+
+def check_index_key(value: object, what: str) -> str:
+    """``value`` if it may be looked up in an index of run documents, else ``InvalidId``.
+
+    Path-like keys are refused on every backend alike: they never name anything, and are a caller's mistake or attack.
+    """
+    text = check_id(value, what, MAX_KEY)
+    if text.startswith(("/", "\\")) or ".." in text.replace("\\", "/").split("/"):
+        raise InvalidId(f"A {what} must not look like a path: {text[:80]!r}.")
+    return text
+
+
+def check_chunks(chunks: Sequence[Chunk]) -> None:
+    """Raise unless each chunk writes a key of its own. Keys may hold NUL (a branch's own state does)."""
+    for chunk in chunks:
+        if not check_text(chunk.key, "key of the state"):
+            raise InvalidId("A key of the state must not be empty.")
+    if len({chunk.key for chunk in chunks}) < len(chunks):
+        raise StorageError("One commit writes a key of the state twice; give one chunk for each key.")
+
+
+def check_new_run(new: NewRun, owner: str | None) -> None:
+    """Raise unless a store can record this run."""
+    check_id(new.run_id)
+    check_text(new.executor_type, "executor type")
+    check_text(new.goal_id, "goal id")
+    check_text(new.fingerprint, "fingerprint")
+    if new.parent_run_id is not None:
+        check_id(new.parent_run_id, "parent run id")
+    if owner is not None:
+        check_id(owner, "owner", MAX_KEY)
+    check_chunks(new.chunks)
+
+
+def refusal(commit: Commit) -> StorageError | None:
+    """Why no store could take this commit, whatever it holds, or ``None``."""
+    try:
+        check_id(commit.run_id)
+        check_chunks(commit.chunks)
+        if commit.checkpoint_id is not None:
+            check_id(commit.checkpoint_id, "checkpoint id", MAX_KEY)
+        if (commit.checkpoint_id is None) != (commit.checkpoint is None):
+            raise StorageError("A commit gives a checkpoint and its id, or neither.")
+        if commit.state is RunState.CRASHED:
+            raise StorageError("The state crashed is never stored: it is what a running run without an owner shows.")
+    except StorageError as error:
+        return error
+    return None
+
+
+def printable(text: str | None) -> str | None:
+    """An error's text as a store can hold it: lone surrogates (of file names, say) written as escapes."""
+    return None if text is None else text.encode("utf-8", "backslashreplace").decode()

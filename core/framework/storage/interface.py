@@ -1,0 +1,273 @@
+"""The storage interface: what a backend must do. ``framework.testing.check_storage`` tests any implementation.
+
+Storage is synchronous; executors hand their calls to one thread (``committer``). A backend implements the abstract
+methods, which move opaque bytes; what the bytes mean (checkpoints, values) is added once, here, for all backends.
+
+Requirements every backend meets:
+
+1. ``commit`` is all or nothing for each commit, durable on return, and refuses a stale fencing token (``LeaseLost``),
+   a sequence that is not the next (``CommitConflict``) and a run it does not know (``RunNotFound``).
+2. ``open_run`` and ``claim_run`` are atomic: of any number of callers, in any number of processes, one wins.
+3. Ids and keys are any text without NUL and lone surrogates, not empty, at most 1,000 characters (run ids 255);
+   they never name anything outside the store. Others raise ``InvalidId``.
+4. Bytes that do not match their checksum raise ``CorruptData`` when read by name, and never hide other rows.
+5. Driver errors surface as ``StorageError`` with what to do about them.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+from framework.errors import CorruptData
+from framework.schemas.checkpoint import Checkpoint, CheckpointMetadata
+from framework.schemas.run import Run, RunState, RunStatus, RunSummary
+from framework.storage import checkpoints as stored
+from framework.storage.checks import MAX_KEY, MAX_RUN_ID, check_id, check_index_key
+from framework.storage.chunks import Chunk
+from framework.storage.records import (
+    CheckpointRow,
+    Commit,
+    Damage,
+    LogRow,
+    NewRun,
+    Retention,
+    RunRecord,
+    VerifyReport,
+)
+
+__all__ = ["MAX_KEY", "MAX_RUN_ID", "IsAlive", "Storage", "check_id", "check_index_key"]
+
+logger = logging.getLogger(__name__)
+
+IsAlive = Callable[[str], bool | None]
+"""Says of a lease's owner: alive (True), certainly gone (False), or cannot tell from here (None)."""
+
+
+class Storage(ABC):
+    """A store of runs, their checkpoints and their state. Thread-safe; also a context manager that closes itself."""
+
+    closed: bool = False
+    """Whether ``close`` was called. Set by the backend."""
+
+    # --- runs and their ownership -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def open_run(self, new: NewRun, owner: str | None = None, lease_seconds: float = 0.0) -> RunRecord:
+        """Accept a run; for an ``owner``, take its lease. Durable on return. Raises ``RunExists``, ``InvalidId``."""
+
+    @abstractmethod
+    def find_run(self, run_id: str) -> RunRecord | None:
+        """The run as recorded, or ``None``. A running run whose lease has expired is ``crashed``."""
+
+    @abstractmethod
+    def claim_run(self, run_id: str, owner: str, lease_seconds: float, is_alive: IsAlive | None = None) -> RunRecord:
+        """Take over a run's lease and set its state to running; durable on return.
+
+        Succeeds when nobody holds the lease, it has expired, or ``is_alive(holder)`` is ``False``. The token grows by
+        one; ``recovery_attempts`` by one when the run was crashed, and returns to 0 otherwise. A completed run is
+        returned as it is, unclaimed. The returned ``state`` is the one found: ``crashed``, ``failed``, ``paused`` ...
+        Raises ``RunNotFound``, ``RunBusy``.
+        """
+
+    @abstractmethod
+    def renew_lease(self, run_id: str, token: int, lease_seconds: float) -> None:
+        """Extend the lease from now. Raises ``LeaseLost`` when ``token`` is not the run's, ``RunNotFound``."""
+
+    @abstractmethod
+    def release_lease(self, run_id: str, token: int) -> None:
+        """Give the lease up; nothing else changes. A token that is not the run's changes nothing."""
+
+    @abstractmethod
+    def list_runs(
+        self, states: Sequence[RunState] | None = None, *, limit: int = 100, before: RunRecord | None = None
+    ) -> list[RunRecord]:
+        """At most ``limit`` runs, newest first (by creation, then id); ``before`` continues after that run.
+
+        ``states`` filters on the state as ``find_run`` shows it, ``crashed`` included.
+        """
+
+    @abstractmethod
+    def delete_run(self, run_id: str) -> bool:
+        """Remove everything of the run: record, commits, chunks, ``Run`` document. Whether there was anything.
+
+        Raises ``RunBusy`` while somebody holds its lease.
+        """
+
+    # --- commits ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def commit(self, commits: Sequence[Commit]) -> list[Exception | None]:
+        """Make commits durable, together where the backend can; per commit ``None`` or the error that refused it.
+
+        An error of one never touches another. What an error refused left no trace. Raises ``StorageError`` when the
+        store as a whole fails (closed, disk full): then nothing of all of them was written.
+        """
+
+    @abstractmethod
+    def definition(self, fingerprint: str) -> bytes | None:
+        """The JSON of a definition as given to ``open_run``, or ``None``."""
+
+    @abstractmethod
+    def read_log(self, run_id: str, after: int = 0, on_damage: Callable[[Damage], None] | None = None) -> list[LogRow]:
+        """The commits with a sequence above ``after``, in order; damaged ones go to ``on_damage`` and are left out."""
+
+    @abstractmethod
+    def read_checkpoint_rows(
+        self, run_id: str, on_damage: Callable[[Damage], None] | None = None, limit: int | None = None
+    ) -> Iterator[CheckpointRow]:
+        """Retained checkpoints, newest first, at most ``limit``; damaged ones go to ``on_damage`` and are left out."""
+
+    @abstractmethod
+    def find_checkpoint_row(self, run_id: str, checkpoint_id: str) -> CheckpointRow | None:
+        """One retained checkpoint by id, or ``None``. Raises ``CorruptData``."""
+
+    @abstractmethod
+    def read_chunks(self, run_id: str, sequence: int) -> list[Chunk]:
+        """The chunks that make the state at ``sequence``: of each key the last ``set`` at or before it and the appends
+        that follow, in order; nothing of a deleted key. ``sequence`` 0 is the initial state. Raises ``CorruptData``."""
+
+    @abstractmethod
+    def prune(self, run_id: str, retention: Retention) -> int:
+        """Apply ``retention`` now; how many checkpoints went. The newest is never removed."""
+
+    @abstractmethod
+    def rewind(self, run_id: str, token: int, sequence: int) -> int:
+        """Forget the checkpoints and chunks after ``sequence``, because they are damaged; how many checkpoints.
+
+        The log stays, and the next commit still follows the last one. Durable on return. Raises ``LeaseLost``,
+        ``RunNotFound``.
+        """
+
+    @abstractmethod
+    def delete_checkpoints(self, run_id: str) -> int:
+        """Remove the run's checkpoints and state log; how many checkpoints. Its record and log stay.
+
+        Raises ``RunBusy`` while somebody holds the lease.
+        """
+
+    @abstractmethod
+    def verify(self, run_id: str | None = None) -> VerifyReport:
+        """Read one run or everything, from end to end, and report what is damaged. Changes nothing."""
+
+    # --- run documents (decisions and problems, written by the runtime) ------------------------------------------
+
+    @abstractmethod
+    def save_run(self, run: Run) -> None:
+        """Store a ``Run`` document, replacing an earlier one of the same id. Durable on return."""
+
+    @abstractmethod
+    def load_run(self, run_id: str) -> Run | None:
+        """The ``Run`` document, or ``None``. Raises ``CorruptData``."""
+
+    @abstractmethod
+    def list_all_runs(self) -> list[str]:
+        """Ids of all ``Run`` documents, oldest first."""
+
+    @abstractmethod
+    def list_all_goals(self) -> list[str]:
+        """Ids of the goals that have ``Run`` documents."""
+
+    @abstractmethod
+    def get_runs_by_goal(self, goal_id: str) -> list[str]:
+        """Ids of the ``Run`` documents of a goal. Raises ``InvalidId``."""
+
+    @abstractmethod
+    def get_runs_by_status(self, status: str | RunStatus) -> list[str]:
+        """Ids of the ``Run`` documents with a status. Raises ``InvalidId``."""
+
+    @abstractmethod
+    def get_runs_by_node(self, node_id: str) -> list[str]:
+        """Ids of the ``Run`` documents in which a node decided something. Raises ``InvalidId``."""
+
+    def load_summary(self, run_id: str) -> RunSummary | None:
+        """The summary of a ``Run`` document, or ``None``."""
+        run = self.load_run(run_id)
+        return RunSummary.from_run(run) if run is not None else None
+
+    # --- the store itself ---------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def url(self) -> str:
+        """A URL that ``open_storage`` opens this store by."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release files and connections; the store can no longer be used. Calling it twice is harmless."""
+
+    def get_stats(self) -> dict[str, int | str]:
+        """``total_runs`` and ``total_goals`` of the ``Run`` documents, and ``storage_path``."""
+        return {
+            "total_runs": len(self.list_all_runs()),
+            "total_goals": len(self.list_all_goals()),
+            "storage_path": self.url,
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- checkpoints as models, the same over every backend ------------------------------------------------------
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Store a checkpoint given whole, recording its run if need be. Durable on return.
+
+        Only the difference to the run's newest checkpoint is written. Executors do not use this: they commit
+        differences. Raises ``UnstorableValue``, ``InvalidId``, ``RunBusy`` (somebody holds the run's lease).
+        """
+        stored.save_checkpoint(self, checkpoint)
+
+    def load_checkpoint(self, run_id: str, checkpoint_id: str) -> Checkpoint | None:
+        """One checkpoint with its state, or ``None`` when there is none of this id or it is damaged (logged)."""
+        check_id(run_id)
+        check_id(checkpoint_id, "checkpoint id", MAX_KEY)
+        report = _reporter(run_id)
+        try:
+            row = self.find_checkpoint_row(run_id, checkpoint_id)
+            return None if row is None else stored.build_checkpoint(self, run_id, row, report)
+        except CorruptData as error:
+            report(Damage(run_id, None, f"checkpoint {checkpoint_id}", str(error)))
+            return None
+
+    def load_latest_checkpoint(
+        self, run_id: str, on_damage: Callable[[Damage], None] | None = None
+    ) -> Checkpoint | None:
+        """The newest checkpoint that can be read, or ``None``. Damaged ones are reported and passed over."""
+        check_id(run_id)
+        report = _reporter(run_id, on_damage)
+        return stored.read_newest(self, run_id, lambda row: stored.build_checkpoint(self, run_id, row, report), report)
+
+    def list_checkpoints(self, run_id: str) -> list[CheckpointMetadata]:
+        """The retained checkpoints, oldest first; damaged ones are left out (logged)."""
+        check_id(run_id)
+        report = _reporter(run_id)
+        listed = []
+        for row in self.read_checkpoint_rows(run_id, report):
+            try:
+                listed.append(stored.metadata(run_id, row))
+            except CorruptData as error:
+                report(Damage(run_id, row.sequence, f"checkpoint {row.checkpoint_id}", str(error)))
+        return listed[::-1]
+
+
+def _reporter(run_id: str, on_damage: Callable[[Damage], None] | None = None) -> Callable[[Damage], None]:
+    """Logs damage as a warning and tells it to ``on_damage``, each only once."""
+    told: set[Damage] = set()
+
+    def report(damage: Damage) -> None:
+        if damage in told:
+            return
+        told.add(damage)
+        logger.warning("Run %r: %s is damaged: %s", run_id, damage.where, damage.problem)
+        if on_damage is not None:
+            on_damage(damage)
+
+    return report

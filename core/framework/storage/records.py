@@ -1,0 +1,130 @@
+"""The rows a store keeps: runs, commits, chunks and leases, as plain frozen data with no behaviour of any backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from framework.schemas.run import RunState
+from framework.storage.chunks import Chunk
+
+NO_TOKEN = 0
+"""Fencing token of a commit made by no owner: accepted only while nobody holds the run's lease."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewRun:
+    """A run to accept. ``chunks`` is its initial state (memory and input), kept as sequence 0 for the run's life.
+
+    ``header`` is opaque JSON of the executor's (input keys, goal, lineage); ``definition`` is the JSON of the graph
+    or plan, stored once per ``fingerprint``.
+    """
+
+    run_id: str
+    executor_type: str
+    goal_id: str
+    fingerprint: str
+    definition: bytes
+    header: bytes
+    chunks: Sequence[Chunk] = ()
+    parent_run_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A run as recorded. Times are seconds since the epoch by the store's clock.
+
+    ``state`` is ``crashed`` when the stored state is running and nobody alive holds the lease. ``sequence`` is that
+    of the last commit, 0 before the first.
+    """
+
+    run_id: str
+    executor_type: str
+    goal_id: str
+    fingerprint: str
+    header: bytes
+    state: RunState
+    sequence: int
+    created_at: float
+    updated_at: float
+    error: str | None
+    owner: str | None
+    token: int
+    lease_until: float
+    recovery_attempts: int
+    parent_run_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Which checkpoints of the run stay: the newest ``keep``; ``None`` keeps all."""
+
+    keep: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What one commit makes durable, all or nothing.
+
+    ``sequence`` is the previous commit's plus one. ``record`` (what happened) and ``log`` (decisions and problems)
+    stay for the run's life; ``checkpoint`` (where to go on) stays while retention keeps it, and is ``None`` for a
+    commit that is no checkpoint, such as a failed attempt. ``state`` replaces the run's when given, and ``error`` with
+    it. ``replaces`` is the sequence of a checkpoint that this one takes the place of. Each chunk writes another key.
+    """
+
+    run_id: str
+    token: int
+    sequence: int
+    record: bytes
+    log: bytes | None = None
+    checkpoint_id: str | None = None
+    checkpoint: bytes | None = None
+    chunks: Sequence[Chunk] = ()
+    state: RunState | None = None
+    error: str | None = None
+    release: bool = False
+    retention: Retention | None = None
+    replaces: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LogRow:
+    """One commit as kept for the run's life."""
+
+    sequence: int
+    record: bytes
+    log: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRow:
+    """One retained checkpoint, without its state."""
+
+    sequence: int
+    checkpoint_id: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Something in the store that cannot be read or does not fit. ``where`` names the row or file."""
+
+    run_id: str
+    sequence: int | None
+    where: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """The outcome of reading a run, or a whole store, from end to end."""
+
+    runs: int
+    checkpoints: int
+    chunks: int
+    damage: Sequence[Damage] = field(default=())
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found damaged."""
+        return not self.damage

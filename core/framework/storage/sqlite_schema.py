@@ -1,0 +1,222 @@
+"""The SQLite file: its tables, its versions and how to reach the newest, its connection and its error texts.
+
+Tables, one row each for: ``runs`` a run and its lease; ``definitions`` a graph or plan by content hash; ``steps`` a
+commit, kept for the run's life; ``checkpoints`` a retained checkpoint; ``chunks`` a write to a key of a state;
+``documents`` and ``run_nodes`` the runtime's ``Run`` document and its index.
+
+Chunks have a rowid, so they are written to the end of their table and fill its pages; only the small index entry goes
+between others. Pages of 16 KiB hold chunks of about 1 KB with 7 % waste (4 KiB: 33 %).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from zlib import crc32
+
+from framework.errors import StorageError, StoreTooNew
+from framework.storage.chunks import Op
+
+SCHEMA_VERSION = 1
+PAGE_BYTES = 16_384
+OPS: tuple[Op, ...] = ("append", "set", "delete")
+"""Operations by their number in ``chunks.op``."""
+
+SETS_MARK = "\x1f\x1f"
+"""Joins the keys in ``steps.sets``; a key that holds it itself is only looked at in vain."""
+
+_VERSION_1 = """
+CREATE TABLE meta (
+    name TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) WITHOUT ROWID;
+
+CREATE TABLE runs (
+    pk INTEGER PRIMARY KEY AUTOINCREMENT,
+    run_id TEXT NOT NULL UNIQUE,
+    executor_type TEXT NOT NULL,
+    goal_id TEXT NOT NULL,
+    fingerprint TEXT NOT NULL,
+    header BLOB NOT NULL,
+    header_crc INTEGER NOT NULL,
+    state TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    updated_at REAL NOT NULL,
+    error TEXT,
+    owner TEXT,
+    token INTEGER NOT NULL,
+    lease_until REAL NOT NULL,
+    recovery_attempts INTEGER NOT NULL,
+    parent_run_id TEXT
+);
+CREATE INDEX runs_by_creation ON runs (created_at, run_id);
+CREATE INDEX runs_by_state ON runs (state, created_at, run_id);
+
+CREATE TABLE definitions (
+    fingerprint TEXT PRIMARY KEY,
+    body BLOB NOT NULL,
+    crc INTEGER NOT NULL
+) WITHOUT ROWID;
+
+CREATE TABLE steps (
+    run_pk INTEGER NOT NULL,
+    sequence INTEGER NOT NULL,
+    record BLOB NOT NULL,
+    log BLOB,
+    crc INTEGER NOT NULL,
+    sets TEXT,
+    PRIMARY KEY (run_pk, sequence)
+) WITHOUT ROWID;
+
+CREATE TABLE checkpoints (
+    run_pk INTEGER NOT NULL,
+    sequence INTEGER NOT NULL,
+    checkpoint_id TEXT NOT NULL,
+    body BLOB NOT NULL,
+    crc INTEGER NOT NULL,
+    PRIMARY KEY (run_pk, sequence)
+) WITHOUT ROWID;
+
+CREATE TABLE chunks (
+    pk INTEGER PRIMARY KEY,
+    run_pk INTEGER NOT NULL,
+    sequence INTEGER NOT NULL,
+    key TEXT NOT NULL,
+    op INTEGER NOT NULL,
+    data BLOB NOT NULL,
+    checksum BLOB NOT NULL
+);
+CREATE UNIQUE INDEX chunks_by_key ON chunks (run_pk, key, sequence, op);
+
+CREATE TABLE documents (
+    pk INTEGER PRIMARY KEY AUTOINCREMENT,
+    run_id TEXT NOT NULL UNIQUE,
+    goal_id TEXT NOT NULL,
+    status TEXT NOT NULL,
+    body BLOB NOT NULL,
+    crc INTEGER NOT NULL
+);
+CREATE INDEX documents_by_goal ON documents (goal_id);
+CREATE INDEX documents_by_status ON documents (status);
+
+CREATE TABLE run_nodes (
+    node_id TEXT NOT NULL,
+    run_id TEXT NOT NULL,
+    PRIMARY KEY (node_id, run_id)
+) WITHOUT ROWID;
+CREATE INDEX run_nodes_by_run ON run_nodes (run_id);
+"""
+
+MIGRATIONS: tuple[str, ...] = (_VERSION_1,)
+"""The script that leads from each version to the next; version 0 is an empty file."""
+
+READ_CHUNKS = """
+WITH run AS (SELECT pk FROM runs WHERE run_id = :run_id),
+base AS (
+    SELECT key, max(sequence) AS sequence FROM chunks
+    WHERE run_pk = (SELECT pk FROM run) AND op <> 0 AND sequence <= :sequence GROUP BY key
+)
+SELECT chunks.key, chunks.op, CAST(chunks.data AS BLOB), chunks.checksum FROM base JOIN chunks
+ON chunks.run_pk = (SELECT pk FROM run) AND chunks.key = base.key
+AND chunks.sequence >= base.sequence AND chunks.sequence <= :sequence
+ORDER BY chunks.key, chunks.sequence
+"""
+"""Each key's last set (or delete) at or before a sequence, and the appends that follow it."""
+
+
+def connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
+    """A connection with WAL, a full sync at each commit, and rows by name."""
+    connection = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
+    try:
+        prepare(connection)
+        if connection.execute("PRAGMA page_count").fetchone()[0] == 0:
+            # Only for a new file: on others this would be a write at each opening, waiting for who else writes.
+            connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA cache_size = -16384")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def prepare(connection: sqlite3.Connection) -> None:
+    """Rows by name, and text that a damaged file holds as something to look at instead of an error."""
+    connection.row_factory = sqlite3.Row
+    connection.text_factory = _text
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
+def row_crc(*values: bytes | str | float | None) -> int:
+    """A checksum of a row's values that changes with any of them and with where one ends."""
+    crc = 0
+    for value in values:
+        data = value if isinstance(value, bytes) else repr(value).encode("utf-8", "surrogatepass")
+        crc = crc32(data, crc32(b"%d:" % len(data), crc))
+    return crc
+
+
+def version_of(connection: sqlite3.Connection) -> int:
+    """The schema version of a file; 0 when it has no tables of ours."""
+    found = connection.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'meta'").fetchone()
+    if found is None:
+        return 0
+    row = connection.execute("SELECT value FROM meta WHERE name = 'schema_version'").fetchone()
+    return 0 if row is None else int(row[0])
+
+
+def _known_version(connection: sqlite3.Connection, name: str, newest: int) -> int:
+    version = version_of(connection)
+    if version > newest:
+        raise StoreTooNew(
+            f"The store {name} has schema version {version}; this library knows up to {newest}. Upgrade surefoot."
+        )
+    return version
+
+
+def migrate(connection: sqlite3.Connection, name: str, migrations: tuple[str, ...] = MIGRATIONS) -> None:
+    """Bring the file to the newest version, in one transaction. Raises ``StoreTooNew``, ``StorageError``."""
+    newest = len(migrations)
+    if _known_version(connection, name, newest) == newest:
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        version = _known_version(connection, name, newest)  # another process may have been first
+        if version == 0 and connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            raise StorageError(f"{name} is an SQLite file of something else; give another path.")
+        for script in migrations[version:]:
+            for statement in script.split(";\n"):
+                if statement.strip():
+                    connection.execute(statement)
+        connection.execute("INSERT OR REPLACE INTO meta (name, value) VALUES ('schema_version', ?)", (str(newest),))
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def drop_unreachable(connection: sqlite3.Connection, run_pk: int, key: str, after: int, upto: int) -> None:
+    """Remove a key's chunks that nothing reads once no checkpoint is retained between two; see ``chunks.unreachable``.
+
+    ``after`` and ``upto`` are retained checkpoints next to each other, ``after`` 0 when it is the initial state.
+    """
+    base = connection.execute(
+        "SELECT max(sequence) FROM chunks WHERE run_pk = ? AND key = ? AND sequence > ? AND sequence <= ? AND op <> 0",
+        (run_pk, key, after, upto),
+    ).fetchone()[0]
+    if base is None:
+        return
+    connection.execute(
+        "DELETE FROM chunks WHERE run_pk = ? AND key = ? AND sequence > ? AND sequence < ?", (run_pk, key, after, base)
+    )
+    connection.execute(
+        "DELETE FROM chunks WHERE run_pk = :run AND key = :key AND sequence = :base AND op = 2 AND NOT EXISTS "
+        "(SELECT 1 FROM chunks AS first WHERE first.run_pk = :run AND first.key = :key AND first.sequence <= :after)",
+        {"run": run_pk, "key": key, "base": base, "after": after},
+    )

@@ -1,0 +1,313 @@
+"""The committer thread: commits share transactions, in order, each with its own outcome; leases are kept alive."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from typing import Any, Protocol
+
+import pytest
+
+from framework.errors import CommitConflict, LeaseLost, RunNotFound, StorageError
+from framework.storage import committer as module
+from framework.storage.committer import MAX_BATCH, Committer, committer_of
+from framework.storage.contract import commit, new_run
+from framework.storage.interface import Storage
+from framework.storage.memory import MemoryStorage
+from framework.storage.records import Commit
+
+SOON = 20.0
+"""Seconds to wait for what happens at once; only a broken committer makes a test take that long."""
+
+
+class Python(Protocol):
+    def __call__(self, program: str, *arguments: object) -> str: ...
+
+
+class Watched(MemoryStorage):
+    """A store that notes how commits come, and can be held up or broken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[list[tuple[str, int]]] = []
+        self.entered = threading.Semaphore(0)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.renewed = threading.Semaphore(0)
+        self.fail: Exception | None = None
+
+    def commit(self, commits: Sequence[Commit]) -> list[Exception | None]:
+        self.entered.release()
+        assert self.gate.wait(SOON)
+        self.batches.append([(one.run_id, one.sequence) for one in commits])
+        if self.fail is not None:
+            raise self.fail
+        return super().commit(commits)
+
+    def renew_lease(self, run_id: str, token: int, lease_seconds: float) -> None:
+        try:
+            if self.fail is not None:
+                raise self.fail
+            super().renew_lease(run_id, token, lease_seconds)
+        finally:
+            self.renewed.release()
+
+
+@pytest.fixture
+def store() -> Iterator[Watched]:
+    with Watched() as store:
+        for number in range(3):
+            store.open_run(new_run(f"run_{number}"), "me", 60)
+        yield store
+
+
+def done(future: Future[Any]) -> Any:
+    return future.result(SOON)
+
+
+def hold_up(store: Watched, committer: Committer) -> Future[None]:
+    """Have the committer's thread wait inside a first commit, so that others queue up."""
+    store.gate.clear()
+    first = committer.commit(commit(1, "run_0", 1))
+    assert store.entered.acquire(timeout=SOON)
+    return first
+
+
+def test_a_lone_commit_does_not_wait_for_company(store: Watched) -> None:
+    committer = committer_of(store)
+    for sequence in (1, 2, 3):
+        assert done(committer.commit(commit(sequence, "run_0", 1))) is None
+    assert store.batches == [[("run_0", 1)], [("run_0", 2)], [("run_0", 3)]]
+
+
+def test_commits_that_wait_share_a_transaction(store: Watched) -> None:
+    committer = committer_of(store)
+    first = hold_up(store, committer)
+    waiting = [committer.commit(commit(sequence, f"run_{run}", 1)) for sequence in (1, 2) for run in (1, 2)]
+    store.gate.set()
+    assert [done(future) for future in (first, *waiting)] == [None] * 5
+    assert store.batches == [[("run_0", 1)], [("run_1", 1), ("run_2", 1), ("run_1", 2), ("run_2", 2)]]
+
+
+def test_a_batch_has_a_limit(store: Watched) -> None:
+    committer = committer_of(store)
+    hold_up(store, committer)
+    waiting = [committer.commit(commit(sequence, "run_1", 1)) for sequence in range(1, MAX_BATCH + 10)]
+    store.gate.set()
+    for future in waiting:
+        done(future)
+    assert [len(batch) for batch in store.batches] == [1, MAX_BATCH, 9]
+
+
+def test_calls_and_commits_keep_their_order(store: Watched) -> None:
+    committer = committer_of(store)
+    hold_up(store, committer)
+
+    def sequence_of(run_id: str) -> Callable[[Any], int | None]:
+        def read(storage: Any) -> int | None:
+            record = storage.find_run(run_id)
+            return None if record is None else int(record.sequence)
+
+        return read
+
+    futures: list[Future[Any]] = []
+    for sequence in (1, 2, 3):
+        futures.append(committer.call(sequence_of("run_1")))
+        futures.append(committer.commit(commit(sequence, "run_1", 1)))
+    store.gate.set()
+    assert [done(future) for future in futures] == [0, None, 1, None, 2, None]
+
+
+def test_an_error_is_only_its_own(store: Watched) -> None:
+    committer = committer_of(store)
+    hold_up(store, committer)
+    good, stale, wrong, unknown, last = (
+        committer.commit(one)
+        for one in (
+            commit(1, "run_1", 1),
+            commit(1, "run_2", 9),
+            commit(7, "run_1", 1),
+            commit(1, "nobody", 1),
+            commit(2, "run_1", 1),
+        )
+    )
+    failing = committer.call(lambda storage: storage.claim_run("nobody", "me", 1))
+    store.gate.set()
+    assert done(good) is None
+    assert done(last) is None
+    for future, kind in ((stale, LeaseLost), (wrong, CommitConflict), (unknown, RunNotFound), (failing, RunNotFound)):
+        with pytest.raises(kind):
+            done(future)
+    assert done(committer.commit(commit(1, "run_2", 1))) is None
+
+
+def test_a_store_that_fails_fails_the_whole_batch_and_no_more(store: Watched) -> None:
+    committer = committer_of(store)
+    store.fail = StorageError("disk full")
+    first = hold_up(store, committer)
+    second = committer.commit(commit(1, "run_1", 1))
+    store.gate.set()
+    for future in (first, second):
+        with pytest.raises(StorageError, match="disk full"):
+            done(future)
+    store.fail = None
+    assert done(committer.commit(commit(1, "run_1", 1))) is None
+
+
+def test_a_cancelled_commit_is_not_made(store: Watched) -> None:
+    committer = committer_of(store)
+    hold_up(store, committer)
+    cancelled = committer.commit(commit(1, "run_1", 1))
+    alone = committer.call(lambda storage: 1 / 0)
+    assert cancelled.cancel()
+    assert alone.cancel()
+    store.gate.set()
+    assert done(committer.commit(commit(1, "run_1", 1))) is None
+    with pytest.raises(CancelledError):
+        done(cancelled)
+
+
+async def test_the_event_loop_is_not_blocked(store: Watched) -> None:
+    committer = committer_of(store)
+    pending = asyncio.wrap_future(hold_up(store, committer))
+    for _ in range(3):
+        await asyncio.sleep(0)
+        assert not pending.done()
+    store.gate.set()
+    await asyncio.wait_for(pending, SOON)
+    assert store.batches
+
+
+# --- leases ---------------------------------------------------------------------------------------------------------
+
+
+def test_leases_are_renewed_until_dropped(store: Watched) -> None:
+    committer = committer_of(store)
+    before = store.find_run("run_0")
+    committer.hold("run_0", 1, 0.03)
+    for _ in range(4):
+        assert store.renewed.acquire(timeout=SOON)
+    assert before is not None
+    after = done(committer.call(lambda storage: storage.find_run("run_0")))
+    assert after.lease_until != before.lease_until
+    committer.drop("run_0", 7)
+    assert committer._leases, "only its own token drops a lease"
+    committer.drop("run_0", 1)
+    committer.drop("run_0", 1)
+    assert not committer._leases
+
+
+def test_leases_are_renewed_between_commits(store: Watched) -> None:
+    committer = committer_of(store)
+    committer.hold("run_0", 1, 0.003)
+    sequence = 0
+    while not store.renewed.acquire(blocking=False):
+        sequence += 1
+        done(committer.commit(commit(sequence, "run_1", 1)))
+
+
+def test_a_lost_lease_is_given_up(store: Watched) -> None:
+    committer = committer_of(store)
+    committer.hold("run_0", 1, 0.03)
+    store.release_lease("run_0", 1)
+    store.claim_run("run_0", "other", 60)
+    assert store.renewed.acquire(timeout=SOON)
+    done(committer.call(Storage.get_stats))  # behind the renewal
+    assert not committer._leases
+    with pytest.raises(LeaseLost):
+        done(committer.commit(commit(1, "run_0", 1)))
+
+
+def test_a_closed_store_has_no_leases() -> None:
+    store = Watched()
+    store.open_run(new_run(), "me", 60)
+    committer = committer_of(store)
+    committer.hold("run_1", 1, 0.03)
+    assert store.renewed.acquire(timeout=SOON)
+    store.close()
+    with pytest.raises(StorageError, match="closed"):
+        done(committer.commit(commit(1, token=1)))
+    assert not committer._leases
+
+
+def test_a_renewal_that_fails_is_tried_again(store: Watched) -> None:
+    committer = committer_of(store)
+    store.fail = StorageError("locked")
+    committer.hold("run_0", 1, 0.03)
+    assert store.renewed.acquire(timeout=SOON)
+    store.fail = None
+    for _ in range(2):
+        assert store.renewed.acquire(timeout=SOON)
+    assert committer._leases
+
+
+# --- the thread -----------------------------------------------------------------------------------------------------
+
+
+def test_the_thread_ends_when_idle_and_starts_again(store: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "IDLE_SECONDS", 0.01)
+    committer = committer_of(store)
+    for sequence in (1, 2, 3):
+        done(committer.commit(commit(sequence, "run_0", 1)))
+        thread = committer._thread
+        if thread is not None:
+            thread.join(SOON)
+            assert not thread.is_alive()
+        assert committer._thread is None
+
+
+def test_each_store_has_one_committer(store: Watched) -> None:
+    with MemoryStorage() as other:
+        assert committer_of(store) is committer_of(store)
+        assert committer_of(store) is not committer_of(other)
+
+
+def test_an_idle_store_is_not_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "IDLE_SECONDS", 0.01)
+    store = MemoryStorage()
+    committer = committer_of(store)
+    done(committer.call(lambda storage: storage.list_runs()))
+    thread = committer._thread
+    if thread is not None:
+        thread.join(SOON)
+    known = weakref.ref(store)
+    store.close()
+    del store
+    gc.collect()
+    assert known() is None
+    with pytest.raises(StorageError, match="gone"):
+        committer.call(lambda storage: None)
+
+
+def test_a_forked_child_has_a_committer_of_its_own(python: Python) -> None:
+    program = """
+        import os, sys, tempfile, threading
+        from pathlib import Path
+        from framework.storage.committer import committer_of
+        from framework.storage.contract import commit, new_run
+        from framework.storage.sqlite import SQLiteStorage
+
+        store = SQLiteStorage(Path(tempfile.mkdtemp(), "runs.db"))
+        for run_id in ("parent", "child"):
+            store.open_run(new_run(run_id), "me", 60)
+        committer = committer_of(store)
+        committer.hold("parent", 1, 60)
+        started, gate = threading.Event(), threading.Event()
+        committer.call(lambda storage: (started.set(), gate.wait()))
+        started.wait()
+        queued = committer.commit(commit(1, "parent", 1))
+        child = os.fork()
+        if not child:
+            assert not committer._queue and not committer._leases
+            committer_of(store).commit(commit(1, "child", 1)).result(20)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        gate.set()
+        queued.result(20)
+        print(store.find_run("parent").sequence, store.find_run("child").sequence)
+    """
+    assert python(program) == "1 1\n"

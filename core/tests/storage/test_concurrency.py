@@ -1,0 +1,145 @@
+"""Several threads and processes at one store: readers beside a writer, one winner of a claim, nobody's write lost."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from framework.storage import codec
+from framework.storage.backend import FileStorage, Storage
+from framework.storage.checkpoints import format_digest
+from framework.storage.chunks import Chunk, chain, diff
+from framework.storage.contract import accept, commit, new_run
+from framework.storage.records import Damage, Retention
+from framework.storage.sqlite import SQLiteStorage
+from framework.testing import StorageUnderTest
+
+
+class Python(Protocol):
+    def __call__(self, program: str, *arguments: object) -> str: ...
+
+
+def second_handle(store: Storage) -> Storage:
+    if isinstance(store, SQLiteStorage):
+        return SQLiteStorage(store.path)
+    assert isinstance(store, FileStorage)
+    return FileStorage(store.base_path)
+
+
+def test_a_reader_never_takes_retention_for_damage(durable: StorageUnderTest) -> None:
+    store = durable.new()
+    store.open_run(new_run(), "me", 600)
+    reader = second_handle(store)
+    first_written, stop = threading.Event(), threading.Event()
+
+    def write() -> None:
+        digests: dict[str, int] = {}
+        old: dict[str, bytes] = {}
+        sequence = 0
+        while not stop.is_set():
+            sequence += 1
+            new = {"n": codec.encode(sequence), "grown": codec.encode(list(range(sequence % 7)))}
+            chunks = diff(old, new)
+            for chunk in chunks:
+                digests[chunk.key] = chain(digests.get(chunk.key, 0), chunk)
+            body = {"v": 1, "executor": "graph", "at": None, "status": "in_progress", "step_number": sequence}
+            body |= {"digest": format_digest(digests.values()), "tokens": 0, "latency_ms": 0, "path": ["n"]}
+            body["at"] = "2026-01-01T00:00:00"
+            accept(
+                store,
+                commit(sequence, token=1, checkpoint=codec.encode(body), chunks=chunks, retention=Retention(1)),
+            )
+            old = new
+            first_written.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    damage: list[Damage] = []
+    try:
+        assert first_written.wait(20)
+        for turn in range(24):
+            newest = reader.load_latest_checkpoint("run_1", damage.append)
+            assert newest is not None
+            assert newest.memory_snapshot["n"] == newest.step_number
+            if turn % 6 == 0:
+                assert reader.verify("run_1").ok
+    finally:
+        stop.set()
+        writer.join()
+        reader.close()
+    assert damage == []
+
+
+PROGRAM = """
+    import sys
+    from pathlib import Path
+    from framework.errors import RunBusy
+    from framework.schemas.checkpoint import Checkpoint
+    from framework.storage.backend import FileStorage
+    from framework.storage.sqlite import SQLiteStorage
+
+    name, path, action, worker = sys.argv[1:]
+    with (SQLiteStorage if name == "sqlite" else FileStorage)(path) as store:
+        if action == "claim":
+            won = 0
+            for number in range(10):
+                try:
+                    store.claim_run(f"run_{number}", worker, 600)
+                    won += 1
+                except RunBusy:
+                    pass
+            print(won)
+        else:
+            for number in range(8):
+                store.save_checkpoint(
+                    Checkpoint(id=f"c_{worker}_{number}", run_id="shared", executor_type="graph",
+                               memory_snapshot={f"k{worker}": [number]})
+                )
+"""
+
+
+@pytest.mark.parametrize("name", ["sqlite", "files"])
+def test_of_processes_that_claim_one_wins(name: str, tmp_path: Path, python: Python) -> None:
+    path = tmp_path / "store"
+    store: Storage = SQLiteStorage(path) if name == "sqlite" else FileStorage(path)
+    with store:
+        for number in range(10):
+            store.open_run(new_run(f"run_{number}"), "dead", 0)
+        with ThreadPoolExecutor(3) as pool:
+            won = list(pool.map(lambda worker: int(python(PROGRAM, name, path, "claim", worker)), range(3)))
+        assert sum(won) == 10
+        assert {record.token for record in store.list_runs()} == {2}
+
+
+@pytest.mark.parametrize("name", ["sqlite", "files"])
+def test_processes_that_save_lose_nothing(name: str, tmp_path: Path, python: Python) -> None:
+    path = tmp_path / "store"
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda worker: python(PROGRAM, name, path, "save", worker), range(2)))
+    store: Storage = SQLiteStorage(path) if name == "sqlite" else FileStorage(path)
+    with store:
+        assert len(store.list_checkpoints("shared")) == 16
+        for worker in range(2):
+            for number in range(8):
+                loaded = store.load_checkpoint("shared", f"c_{worker}_{number}")
+                assert loaded is not None
+                assert loaded.memory_snapshot == {f"k{worker}": [number]}
+        assert store.verify().ok
+
+
+def test_threads_share_a_store(durable: StorageUnderTest) -> None:
+    store = durable.new()
+
+    def work(number: int) -> None:
+        store.open_run(new_run(f"run_{number}"), "me", 60)
+        for sequence in range(1, 11):
+            accept(store, commit(sequence, f"run_{number}", 1, chunks=[Chunk("n", "set", b"%d" % sequence)]))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert [record.sequence for record in store.list_runs()] == [10] * 4
+    assert store.verify().ok

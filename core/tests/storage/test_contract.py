@@ -1,0 +1,90 @@
+"""Every backend meets the storage contract, and the contract notices a store that does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from framework.storage.backend import FileStorage, Storage, open_storage
+from framework.storage.chunks import Chunk
+from framework.storage.memory import MemoryStorage
+from framework.storage.records import NO_TOKEN, Commit, NewRun, Retention, RunRecord
+from framework.storage.sqlite import SQLiteStorage
+from framework.testing import Check, StorageUnderTest, check_storage, storage_checks
+
+
+@pytest.mark.parametrize("check", storage_checks(), ids=lambda check: check.__name__)
+def test_contract(check: Check, backend: StorageUnderTest) -> None:
+    check(backend)
+
+
+def test_a_good_store_passes_as_a_whole() -> None:
+    check_storage(MemoryStorage)
+
+
+class IgnoresTokens(MemoryStorage):
+    def commit(self, commits: Sequence[Commit]) -> list[Exception | None]:
+        current = [self.find_run(one.run_id) for one in commits]
+        tokens = [NO_TOKEN if run is None or run.owner is None else run.token for run in current]
+        return super().commit([replace(one, token=token) for one, token in zip(commits, tokens, strict=True)])
+
+
+class ForgetsTheLastChunk(MemoryStorage):
+    def read_chunks(self, run_id: str, sequence: int) -> list[Chunk]:
+        return super().read_chunks(run_id, sequence)[:-1]
+
+
+class PrunesNothing(MemoryStorage):
+    def prune(self, run_id: str, retention: Retention) -> int:
+        return 0
+
+
+class OverwritesRuns(MemoryStorage):
+    def open_run(self, new: NewRun, owner: str | None = None, lease_seconds: float = 0.0) -> RunRecord:
+        self.delete_run(new.run_id)
+        return super().open_run(new, owner, lease_seconds)
+
+
+@pytest.mark.parametrize(
+    ("broken", "noticed_by"),
+    [
+        (IgnoresTokens, "claim_grows_the_token"),
+        (ForgetsTheLastChunk, "retention_keeps_exact_states"),
+        (PrunesNothing, "prune_applies_retention_now"),
+        (OverwritesRuns, "open_run_has_one_winner"),
+    ],
+)
+def test_a_broken_store_is_noticed(broken: type[MemoryStorage], noticed_by: str) -> None:
+    with pytest.raises(ExceptionGroup) as caught:
+        check_storage(broken)
+    notes = [note for error in caught.value.exceptions for note in error.__notes__]
+    assert any(noticed_by in note for note in notes), notes
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "shown"),
+    [
+        ("memory://", MemoryStorage, "memory://"),
+        ("sqlite:///{}/a b%25/runs.db", SQLiteStorage, "sqlite:///{}/a%20b%25/runs.db"),
+        ("file://{}/a b%3F", FileStorage, "file://{}/a%20b%3F"),
+    ],
+)
+def test_a_store_opens_by_its_url(url: str, kind: type[Storage], shown: str, tmp_path: Path) -> None:
+    with open_storage(url.format(tmp_path)) as store:
+        assert isinstance(store, kind)
+        assert store.url == shown.format(tmp_path)
+        store.open_run(NewRun("run_1", "graph", "g", "f", b"{}", b"{}"))
+    with open_storage(store.url) as again:
+        assert again.url == store.url
+        assert (again.find_run("run_1") is None) == (kind is MemoryStorage)
+
+
+def test_a_relative_url_stays_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with open_storage("sqlite:///runs.db"), open_storage("file:folder") as files:
+        assert (tmp_path / "runs.db").exists()
+        assert (tmp_path / "folder" / "runs").is_dir()
+        assert files.url == f"file://{tmp_path}/folder"

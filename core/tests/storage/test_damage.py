@@ -1,0 +1,272 @@
+"""Damaged bytes are reported, never believed: the newest readable checkpoint is used and no other row is hidden."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from framework.errors import CorruptData, StorageError
+from framework.schemas.checkpoint import Checkpoint, ExecutorType
+from framework.schemas.run import Run
+from framework.storage import codec
+from framework.storage.backend import FileStorage, Storage
+from framework.storage.contract import Writer, new_run
+from framework.storage.records import LogRow, Retention, RunRecord
+from framework.storage.sqlite import SQLiteStorage
+from framework.testing import StorageUnderTest
+
+Opener = Callable[[Path], Storage]
+OPENERS: dict[str, Opener] = {"sqlite": lambda folder: SQLiteStorage(folder / "runs.db"), "files": FileStorage}
+
+
+def fill(store: Storage) -> None:
+    """Two runs with checkpoints, one pruned, and documents."""
+    for run_id in ("run_1", "run_2"):
+        messages: list[str] = []
+        for number in range(6):
+            messages.append(f"message {number} of {run_id} " + "m" * 300)
+            store.save_checkpoint(
+                Checkpoint(
+                    id=f"ckpt_{number}",
+                    run_id=run_id,
+                    executor_type=ExecutorType.GRAPH,
+                    current_node_id=f"node_{number}",
+                    memory_snapshot={"messages": messages, "number": number, "text": "t" * number},
+                    execution_path=[f"node_{n}" for n in range(number + 1)],
+                    step_number=number,
+                )
+            )
+        store.save_run(Run(id=run_id, goal_id="goal", narrative="n" * 300))
+    store.prune("run_2", Retention(2))
+
+
+class Truth:
+    """What an undamaged store says; ``compare`` raises when a damaged one says something else."""
+
+    def __init__(self, store: Storage) -> None:
+        self.records = {record.run_id: record for record in store.list_runs()}
+        self.logs = {run_id: store.read_log(run_id) for run_id in self.records}
+        self.documents = {run_id: store.load_run(run_id) for run_id in self.records}
+        self.definition = store.definition("")
+        self.checkpoints = {
+            run_id: {entry.id: store.load_checkpoint(run_id, entry.id) for entry in store.list_checkpoints(run_id)}
+            for run_id in self.records
+        }
+
+    def compare(self, store: Storage) -> int:
+        """How many things could not be read. None of those that could may differ."""
+        failures = 0
+
+        def attempt(call: Callable[..., Any], *arguments: str) -> Any:
+            nonlocal failures
+            try:
+                return call(*arguments)
+            except StorageError:
+                failures += 1
+                return None
+
+        for run_id, record in self.records.items():
+            found = attempt(store.find_run, run_id)
+            assert found is None or facts(found) == facts(record)
+            rows: list[LogRow] = attempt(store.read_log, run_id) or []
+            assert [row for row in rows if row not in self.logs[run_id]] == []
+            failures += len(rows) < len(self.logs[run_id])
+            newest = attempt(store.load_latest_checkpoint, run_id)
+            assert newest is None or newest == self.checkpoints[run_id][newest.id]
+            failures += newest is None or newest.id != "ckpt_5"
+            for checkpoint_id, expected in self.checkpoints[run_id].items():
+                loaded = attempt(store.load_checkpoint, run_id, checkpoint_id)
+                assert loaded is None or loaded == expected
+                failures += loaded is None
+            document = attempt(store.load_run, run_id)
+            assert document is None or document == self.documents[run_id]
+            failures += document is None
+        assert attempt(store.definition, "") in (None, self.definition)
+        attempt(store.list_all_runs)
+        return failures
+
+
+def facts(record: RunRecord) -> tuple[object, ...]:
+    """What never changes about a run."""
+    return (
+        record.run_id,
+        record.executor_type,
+        record.goal_id,
+        record.fingerprint,
+        record.header,
+        record.parent_run_id,
+        record.created_at,
+    )
+
+
+def flip_and_compare(name: str, folder: Path, seed: int, truth: Truth) -> bool:
+    """Whether flipping one bit of a copy of the store made something unreadable."""
+    source = random.Random(seed)
+    copy = folder.with_name(f"copy {seed}")
+    shutil.copytree(folder, copy)
+    files = [path for path in sorted(copy.rglob("*")) if path.is_file() and path.stat().st_size]
+    path = source.choices(files, [found.stat().st_size for found in files])[0]
+    data = bytearray(path.read_bytes())
+    position = source.randrange(len(data))
+    data[position] ^= 1 << source.randrange(8)
+    path.write_bytes(data)
+    try:
+        store = OPENERS[name](copy)
+    except StorageError:
+        return True  # refused as a whole, with a reason
+    try:
+        failures = truth.compare(store)
+        if failures and name == "files":
+            assert not store.verify().ok, f"verify does not see what {path.name} lost"
+    finally:
+        store.close()
+        shutil.rmtree(copy)
+    return failures > 0
+
+
+def flip_many(name: str, folder: Path, count: int) -> None:
+    folder.mkdir()
+    with OPENERS[name](folder) as store:
+        fill(store)
+        truth = Truth(store)
+        assert truth.compare(store) == 0
+    noticed = sum(flip_and_compare(name, folder, seed, truth) for seed in range(count))
+    assert noticed, "not one flipped bit was noticed; is anything read at all?"
+
+
+@pytest.mark.parametrize("name", ["sqlite", "files"])
+def test_a_flipped_bit_is_never_believed(name: str, tmp_path: Path) -> None:
+    flip_many(name, tmp_path / "store", 25)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["sqlite", "files"])
+def test_many_flipped_bits_are_never_believed(name: str, tmp_path: Path) -> None:
+    flip_many(name, tmp_path / "store", 2_000)
+
+
+# --- rows of SQLite, one by one -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> SQLiteStorage:
+    store = SQLiteStorage(tmp_path / "runs.db")
+    fill(store)
+    return store
+
+
+def run_key(store: SQLiteStorage, run_id: str = "run_1") -> int:
+    row = store._db.execute("SELECT pk FROM runs WHERE run_id = ?", (run_id,)).fetchone()
+    return int(row[0])
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE checkpoints SET body = x'7b7d' WHERE run_pk = :run AND sequence = 6",
+        "UPDATE checkpoints SET body = CAST(body AS TEXT) || ' ' WHERE run_pk = :run AND sequence = 6",
+        "UPDATE checkpoints SET body = CAST(x'ff' AS TEXT) WHERE run_pk = :run AND sequence = 6",
+        "UPDATE checkpoints SET body = 7 WHERE run_pk = :run AND sequence = 6",
+        "UPDATE checkpoints SET crc = crc + 1 WHERE run_pk = :run AND sequence = 6",
+        "UPDATE checkpoints SET crc = 'x' WHERE run_pk = :run AND sequence = 6",
+        "UPDATE checkpoints SET checkpoint_id = CAST(x'ff' AS TEXT) WHERE run_pk = :run AND sequence = 6",
+        "UPDATE checkpoints SET sequence = 99 WHERE run_pk = :run AND sequence = 6",
+        "UPDATE chunks SET data = x'5b5d' WHERE run_pk = :run AND sequence = 6",
+        "UPDATE chunks SET data = CAST(data AS TEXT) || 'x' WHERE run_pk = :run AND sequence = 6",
+        "UPDATE chunks SET op = 2 WHERE run_pk = :run AND sequence = 6 AND op = 1",
+        "UPDATE chunks SET op = 9 WHERE run_pk = :run AND sequence = 6",
+        "UPDATE chunks SET op = 'x' WHERE run_pk = :run AND sequence = 6",
+        "UPDATE chunks SET key = 'other' WHERE run_pk = :run AND sequence = 6 AND op = 1",
+        "UPDATE chunks SET checksum = x'00' WHERE run_pk = :run AND sequence = 6",
+        "UPDATE chunks SET checksum = 'text' WHERE run_pk = :run AND sequence = 6",
+        "DELETE FROM chunks WHERE run_pk = :run AND sequence = 6",
+        "DELETE FROM chunks WHERE run_pk = :run AND sequence = 6 AND op = 0",
+    ],
+)
+def test_a_damaged_newest_checkpoint_leads_to_the_one_before(sqlite: SQLiteStorage, statement: str) -> None:
+    sqlite._db.execute(statement, {"run": run_key(sqlite)})
+    damage: list[str] = []
+    newest = sqlite.load_latest_checkpoint("run_1", lambda found: damage.append(found.problem))
+    assert newest is not None
+    assert newest.id == "ckpt_4"
+    assert newest.memory_snapshot["number"] == 4
+    assert len(damage) == 1
+    assert sqlite.load_checkpoint("run_1", "ckpt_5") is None
+    assert not sqlite.verify("run_1").ok
+    assert sqlite.verify("run_2").ok
+    assert sqlite.prune("run_1", Retention(1)) == 4, "the newest that can be read stays, and the damaged one"
+    again = sqlite.load_latest_checkpoint("run_1")
+    assert again is not None
+    assert again.memory_snapshot == newest.memory_snapshot
+
+
+@pytest.mark.parametrize(
+    ("statement", "call"),
+    [
+        ("UPDATE definitions SET body = x'00'", lambda store: store.definition("")),
+        ("UPDATE documents SET body = x'00'", lambda store: store.load_run("run_1")),
+        ("UPDATE documents SET body = CAST('text' AS TEXT)", lambda store: store.load_run("run_1")),
+        ("UPDATE chunks SET data = x'00' WHERE sequence = 1", lambda store: store.read_chunks("run_1", 1)),
+        ("UPDATE checkpoints SET body = x'00'", lambda store: store.find_checkpoint_row("run_1", "ckpt_0")),
+    ],
+)
+def test_reading_damage_by_name_raises(
+    sqlite: SQLiteStorage, statement: str, call: Callable[[Storage], object]
+) -> None:
+    sqlite._db.execute(statement)
+    with pytest.raises(CorruptData):
+        call(sqlite)
+    assert not sqlite.verify().ok
+
+
+@pytest.mark.parametrize("column", ["record", "log", "crc", "sequence"])
+def test_a_damaged_log_row_is_left_out_and_told(sqlite: SQLiteStorage, column: str) -> None:
+    value = {"record": "x'00'", "log": "x'00'", "crc": "0", "sequence": "30"}[column]
+    values = {"run": run_key(sqlite)}
+    sqlite._db.execute(f"UPDATE steps SET {column} = {value} WHERE run_pk = :run AND sequence = 3", values)
+    damage: list[int | None] = []
+    rows = sqlite.read_log("run_1", on_damage=lambda found: damage.append(found.sequence))
+    assert [row.sequence for row in rows] == [1, 2, 4, 5, 6]
+    assert damage == [30 if column == "sequence" else 3]
+    assert not sqlite.verify().ok
+
+
+def test_a_path_with_a_damaged_step_is_told(durable: StorageUnderTest) -> None:
+    store = durable.new()
+    writer = Writer(store)
+    for number in range(3):
+        writer.write({"a": number}, retention=Retention(1))
+    if isinstance(store, SQLiteStorage):
+        store._db.execute("UPDATE steps SET crc = 0 WHERE sequence = 2")
+    else:
+        assert isinstance(store, FileStorage)
+        (store.base_path / "history/run_1/2.json").write_text("torn")
+    damage: list[int | None] = []
+    rows = store.read_log("run_1", on_damage=lambda found: damage.append(found.sequence))
+    assert [row.sequence for row in rows] == [1, 3]
+    assert damage == [2]
+    assert not store.verify().ok
+    writer.check(store, [3], "the state needs no log")
+
+
+def test_a_type_this_program_does_not_know_is_no_damage(durable: StorageUnderTest) -> None:
+    class Secret:
+        pass
+
+    name = f"{__name__}.Secret"
+    codec.register(Secret, name=name, to_plain=lambda secret: 1, from_plain=lambda plain: Secret())
+    store = durable.new()
+    store.open_run(new_run())
+    secret = {"s": Secret()}
+    given = Checkpoint(id="c", run_id="run_1", executor_type=ExecutorType.GRAPH, memory_snapshot=secret, context=secret)
+    store.save_checkpoint(given)
+    codec._by_name.pop(name)
+    assert store.verify().ok
+    with pytest.raises(Exception, match="register"):
+        store.load_latest_checkpoint("run_1")

@@ -1,0 +1,310 @@
+"""What is SQLite's own: its settings, one sync a commit, its schema's versions, its size, other connections."""
+
+from __future__ import annotations
+
+import sqlite3
+import struct
+from contextlib import closing
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from framework.errors import CorruptData, StorageError, StoreTooNew
+from framework.schemas.run import RunState
+from framework.storage import codec
+from framework.storage import sqlite_schema as schema
+from framework.storage.chunks import Chunk, diff
+from framework.storage.contract import Writer, accept, commit, new_run, state_at
+from framework.storage.memory import MemoryStorage
+from framework.storage.records import Retention
+from framework.storage.sqlite import SQLiteStorage
+
+
+class Python(Protocol):
+    def __call__(self, program: str, *arguments: object) -> str: ...
+
+
+def commits_in_wal(path: Path) -> int:
+    """Transactions in the write-ahead log: frames whose header says how large the file is after them.
+
+    Each is one sync with ``synchronous=FULL`` (sqlite.org/fileformat2.html, 4.1).
+    """
+    data = Path(f"{path}-wal").read_bytes()
+    page, salt = struct.unpack_from(">I4xQ", data, 8)
+    frames = range(32, len(data) - page, 24 + page)
+    headers = [struct.unpack_from(">IIQ", data, start) for start in frames]
+    return sum(1 for _, size, its_salt in headers if its_salt == salt and size)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "runs.db"
+
+
+def test_every_commit_is_synced(path: Path) -> None:
+    with SQLiteStorage(path) as store:
+        settings = {name: store._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")}
+    assert settings == {"journal_mode": "wal", "synchronous": 2}
+
+
+def test_a_commit_is_one_transaction(path: Path) -> None:
+    with SQLiteStorage(path) as store:
+        store.open_run(new_run(state={"a": 1, "b": []}), "me", 60)
+        accept(store, commit(1, token=1, chunks=[Chunk("a", "set", b"2")]))
+        before = commits_in_wal(path)
+        accept(
+            store,
+            commit(
+                2,
+                token=1,
+                log=b"[]",
+                chunks=[Chunk("a", "set", b"3"), Chunk("b", "append", b"1"), Chunk("c", "delete", b"")],
+                state=RunState.COMPLETED,
+                release=True,
+                retention=Retention(1),
+                replaces=1,
+            ),
+        )
+        assert commits_in_wal(path) == before + 1
+
+
+def test_a_batch_is_one_transaction(path: Path) -> None:
+    with SQLiteStorage(path) as store:
+        for number in range(20):
+            store.open_run(new_run(f"run_{number}"))
+        before = commits_in_wal(path)
+        accept(store, *(commit(1, f"run_{number}") for number in range(20)))
+        assert commits_in_wal(path) == before + 1
+
+
+def test_a_refused_commit_writes_nothing(path: Path) -> None:
+    with SQLiteStorage(path) as store:
+        store.open_run(new_run(), "me", 60)
+        before = commits_in_wal(path)
+        assert store.commit([commit(7, token=1)])[0] is not None
+        assert commits_in_wal(path) == before
+
+
+@pytest.mark.parametrize("keep", [None, 1, 50])
+def test_size_follows_what_was_said(path: Path, keep: int | None) -> None:
+    messages: list[str] = []
+    with SQLiteStorage(path) as store:
+        store.open_run(new_run(), "me", 60)
+        store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        empty = path.stat().st_size
+        old: dict[str, bytes] = {}
+        for sequence in range(1, 401):
+            messages.append(f"{sequence:04}" + "m" * 1_017)
+            new = {"messages": codec.encode(messages)}
+            chunks, old = diff(old, new), new
+            accept(store, commit(sequence, token=1, chunks=chunks, retention=Retention(keep)))
+        store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        assert path.stat().st_size - empty < 1.35 * 400 * 1_024
+        assert state_at(store, 400) == old
+
+
+def test_a_replaced_value_does_not_pile_up(path: Path) -> None:
+    with SQLiteStorage(path) as store:
+        writer = Writer(store)
+        for sequence in range(1, 60):
+            writer.write({"big": "x" * 50_000 + str(sequence)}, checkpoint_id="same", replaces=sequence - 1)
+        writer.check(store, [59], "after saving one id again and again")
+        store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        assert path.stat().st_size < 1_000_000
+
+
+# --- files of other versions and of others --------------------------------------------------------------------------
+
+
+def test_the_schema_version_is_recorded(path: Path) -> None:
+    SQLiteStorage(path).close()
+    with closing(sqlite3.connect(path)) as other:
+        assert schema.version_of(other) == schema.SCHEMA_VERSION == len(schema.MIGRATIONS)
+
+
+def test_a_newer_store_is_refused_and_left_alone(path: Path) -> None:
+    with SQLiteStorage(path) as store:
+        store.open_run(new_run())
+        store._db.execute("UPDATE meta SET value = '99' WHERE name = 'schema_version'")
+    before = path.read_bytes()
+    with pytest.raises(StoreTooNew, match=r"schema version 99.*up to 1.*Upgrade"):
+        SQLiteStorage(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"not a database, but some text " * 99, b"SQLite format 3\x00" + b"\xff" * 4_000])
+def test_a_file_that_is_no_database_is_refused_and_left_alone(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with pytest.raises(StorageError, match=r"runs\.db.*(damaged|restore)"):
+        SQLiteStorage(path)
+    assert path.read_bytes() == content
+
+
+def test_a_database_of_another_program_is_refused(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE theirs (x)")
+    with pytest.raises(StorageError, match="something else"):
+        SQLiteStorage(path)
+    with closing(sqlite3.connect(path)) as other:
+        assert other.execute("SELECT name FROM sqlite_master").fetchall() == [("theirs",)]
+
+
+def test_an_empty_file_becomes_a_store(path: Path) -> None:
+    path.touch()
+    with SQLiteStorage(path) as store:
+        store.open_run(new_run())
+
+
+def test_a_folder_is_no_store(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="Check that the path"):
+        SQLiteStorage(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_named(path: Path) -> None:
+    path.touch()
+    with pytest.raises(StorageError, match="Check that the path"):
+        SQLiteStorage(path / "below" / "runs.db")
+
+
+def test_memory_is_another_class() -> None:
+    with pytest.raises(StorageError, match="MemoryStorage"):
+        SQLiteStorage(":memory:")
+
+
+NEXT = """
+ALTER TABLE runs ADD COLUMN tenant TEXT NOT NULL DEFAULT 'nobody';
+CREATE TABLE tenants (name TEXT PRIMARY KEY);
+"""
+
+
+def test_an_older_store_is_migrated_with_its_data(path: Path) -> None:
+    with SQLiteStorage(path) as store:
+        writer = Writer(store, state={"a": [1]})
+        writer.write({"a": [1, 2]})
+    with closing(schema.connect(path, 5)) as connection:
+        schema.migrate(connection, str(path), (*schema.MIGRATIONS, NEXT))
+        assert schema.version_of(connection) == 2
+        assert [tuple(row) for row in connection.execute("SELECT run_id, tenant FROM runs")] == [("run_1", "nobody")]
+        schema.migrate(connection, str(path), (*schema.MIGRATIONS, NEXT))  # nothing left to do
+        connection.execute("UPDATE meta SET value = '1' WHERE name = 'schema_version'")
+    with SQLiteStorage(path) as store:
+        writer.check(store, [1], "after the migration, read by the older code")
+
+
+def test_a_migration_that_fails_changes_nothing(path: Path) -> None:
+    SQLiteStorage(path).close()
+    with closing(schema.connect(path, 5)) as connection:
+        with pytest.raises(sqlite3.Error):
+            schema.migrate(connection, str(path), (*schema.MIGRATIONS, NEXT, "CREATE TABLE runs (x);\n"))
+        assert schema.version_of(connection) == 1
+        assert connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'tenants'").fetchone()[0] == 0
+    SQLiteStorage(path).close()
+
+
+# --- others at the same file ----------------------------------------------------------------------------------------
+
+
+def test_waiting_for_another_transaction_ends(path: Path) -> None:
+    with SQLiteStorage(path, busy_seconds=0.05) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
+        store.open_run(new_run())
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StorageError, match="busy_seconds"):
+            store.commit([commit(1)])
+        other.execute("ROLLBACK")
+        accept(store, commit(1))
+
+
+FORK = """
+    import os, sys, threading
+    from framework.storage.sqlite import SQLiteStorage
+    from framework.storage.contract import accept, commit, new_run
+
+    store = SQLiteStorage(sys.argv[1])
+    for run_id in ("parent", "child", "busy"):
+        store.open_run(new_run(run_id))
+    stop = threading.Event()
+
+    def work():
+        sequence = 0
+        while not stop.wait(0.0005):  # leaves the lock to others now and then
+            sequence += 1
+            accept(store, commit(sequence, "busy"))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    children = []
+    for number in range(1, 6):
+        accept(store, commit(number, "parent"))
+        child = os.fork()
+        if not child:
+            assert store._connection is None, "the parent's connection crossed the fork"
+            accept(store, commit(number, "child"))
+            store.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    stop.set()
+    thread.join()
+    accept(store, commit(6, "parent"))
+    assert store.verify().ok
+    assert store.find_run("parent").sequence == 6 and store.find_run("child").sequence == 5
+    store.close()
+    print("fine")
+"""
+
+
+def test_a_store_may_be_used_on_both_sides_of_a_fork(path: Path, python: Python) -> None:
+    assert python(FORK, path) == "fine\n"
+    with SQLiteStorage(path) as store:
+        assert store.verify().ok
+
+
+def test_a_store_in_memory_survives_a_fork(python: Python) -> None:
+    program = """
+        import os
+        from framework.storage.memory import MemoryStorage
+        from framework.storage.contract import accept, commit, new_run
+
+        store = MemoryStorage()
+        store.open_run(new_run())
+        child = os.fork()
+        accept(store, commit(1))
+        if not child:
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        print(store.find_run("run_1").sequence)
+    """
+    assert python(program) == "1\n"
+
+
+# --- damage of columns that no checksum of a value covers -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE runs SET state = 'nonsense'",
+        "UPDATE runs SET header = x'00'",
+        "UPDATE runs SET header = CAST('text' AS TEXT)",
+        "UPDATE runs SET fingerprint = 'other'",
+        "UPDATE runs SET goal_id = 'other'",
+        "UPDATE runs SET parent_run_id = 'other'",
+    ],
+)
+def test_a_damaged_record_is_reported_and_hides_no_other(path: Path, statement: str) -> None:
+    with SQLiteStorage(path) as store:
+        for run_id in ("run_1", "run_2"):
+            Writer(store, run_id).write({"a": 1})
+        store._db.execute(f"{statement} WHERE run_id = 'run_1'")
+        with pytest.raises(CorruptData, match="run_1"):
+            store.find_run("run_1")
+        assert [record.run_id for record in store.list_runs()] == ["run_2"]
+        assert {damage.run_id for damage in store.verify().damage} == {"run_1"}
+        assert store.delete_run("run_1")
+
+
+def test_memory_storage_is_sqlite(tmp_path: Path) -> None:
+    with MemoryStorage() as store:
+        store.open_run(new_run())
+        assert store.get_stats() == {"total_runs": 0, "total_goals": 0, "storage_path": "memory://"}
+    assert list(tmp_path.iterdir()) == []
