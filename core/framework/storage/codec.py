@@ -372,14 +372,16 @@ _WRITERS: dict[type, Callable[[Any, int, bool], Any]] = {
 }
 
 
-def _rebuild(plain: Any) -> Any:
+def _rebuild(plain: Any, depth: int = 0) -> Any:
+    if depth > MAX_DEPTH:
+        raise CorruptData(f"Stored bytes are nested deeper than {MAX_DEPTH} levels, which is never written.")
     if type(plain) is list:
-        return [_rebuild(item) if type(item) in (list, dict) else item for item in plain]
+        return [_rebuild(item, depth + 1) if type(item) in (list, dict) else item for item in plain]
     if type(plain) is not dict:
         return plain
     tag = plain.get(TAG)
     if tag is None:
-        return {key: _rebuild(item) if type(item) in (list, dict) else item for key, item in plain.items()}
+        return {key: _rebuild(item, depth + 1) if type(item) in (list, dict) else item for key, item in plain.items()}
     reader = _READERS.get(tag)
     if reader is None:
         raise CorruptData(f"Stored bytes hold the unknown tag {tag!r}; were they written by a newer version?")

@@ -11,6 +11,7 @@ import os
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -115,11 +116,13 @@ class SQLiteStorage(Storage):
             raise StorageError(f"The store {self.path} is closed.")
         if self._connection is None:
             self._connection = self._connect()
+            # A store that is dropped without close() lets go of its file all the same, also at the program's end.
+            self._let_go = weakref.finalize(self, self._connection.close)
         return self._connection
 
     def _disconnect(self) -> None:
         if self._connection is not None:
-            self._connection.close()
+            self._let_go()
             self._connection = None
 
     def _connect(self) -> sqlite3.Connection:

@@ -55,6 +55,7 @@ def test_a_reader_never_takes_retention_for_damage(durable: StorageUnderTest) ->
             )
             old = new
             first_written.set()
+            stop.wait(0.001)  # a writer that never pauses leaves a reader of files no moment to read in
 
     writer = threading.Thread(target=write)
     writer.start()
