@@ -2,30 +2,39 @@
 
 The code is first checked (``code_checks``), then interpreted by `pydantic-monty <https://github.com/pydantic/monty>`_:
 a Python interpreter written in Rust, in a worker process of its own, which knows no files, no network, no environment
-and no object of this process. Time and memory are limited inside the worker, and a worker that does not stop is
-killed. Nothing of it runs in this process, so any thread may use a sandbox. See docs/adr/0008-code-sandbox.md.
+and no object of this process. A third process stands between (``sandbox_host``), since even reading a value can take
+all memory. Time and memory of both are limited, and what does not stop is killed; this process only decodes a small
+reply. Any thread may use a sandbox. See docs/adr/0008-code-sandbox.md.
 """
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from framework.errors import UnstorableValue
+from framework.errors import CodecError, StorageError, UnstorableValue
+from framework.graph import sandbox_host
 from framework.graph.code_checks import SAFE_BUILTINS, CheckedCode, check_code
 from framework.storage import codec
 
-logger = logging.getLogger(__name__)
-
 MAX_MEMORY_BYTES = 256 * 1024 * 1024
-MAX_STDOUT_BYTES = 1024 * 1024
-GRACE_SECONDS = 1.0
-"""How long after its time limit a worker that does not stop by itself is killed."""
+START_SECONDS = 30.0
+"""How long the other process may take to start, before the time of the code begins."""
 
-_LOOKS_LIKE_CODE = ("<function ", "<class ")
+_PROGRAM = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from framework.graph.sandbox_host import main; main()"
+)
+_ENVIRONMENT = frozenset({"PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "LANG"})
+"""All that the other process sees of the environment: no key and no password."""
 
 
 @dataclass
@@ -85,7 +94,9 @@ class CodeSandbox:
             wanted = [name for name in dict.fromkeys(extract_vars) if name in checked.made or name in given]
         if "result" in checked.made and "result" not in wanted:
             wanted.append("result")
-        return self._run(code, _used(given, checked, wanted), wanted, is_expression=False)
+        result = self._run(code, _used(given, checked, wanted), wanted, is_expression=False)
+        result.result = result.variables.get("result")
+        return result
 
     def execute_expression(self, expression: str, inputs: Mapping[str, Any] | None = None) -> SandboxResult:
         """The value of one expression, as ``result``; checked and run like code."""
@@ -93,49 +104,79 @@ class CodeSandbox:
         checked = check_code(expression, is_expression=True, inputs=given, allowed=self.safe_builtins)
         if checked.problems:
             return _refused(checked)
-        return self._run(expression.strip(), _used(given, checked, ()), [], is_expression=True)
+        result = self._run(expression.strip(), _used(given, checked, ()), [], is_expression=True)
+        result.result, result.variables = result.variables.get("result"), {}
+        return result
 
     def _run(self, code: str, inputs: dict[str, Any], wanted: list[str], *, is_expression: bool) -> SandboxResult:
         try:
-            import pydantic_monty as monty
+            import pydantic_monty  # noqa: F401 - used by the other process
         except ImportError:
             problem = "Code cannot be run: no sandbox is installed. Install it with: pip install 'surefoot[sandbox]'"
             return SandboxResult(False, error=problem, error_type="configuration")
         started = time.perf_counter()
-        printed = monty.CollectString(MAX_STDOUT_BYTES)
+        request = {
+            "code": code,
+            "wanted": wanted,
+            "is_expression": is_expression,
+            "timeout_seconds": float(self.timeout_seconds),
+            "max_memory_bytes": self.max_memory_bytes,
+        }
         try:
-            with (
-                monty.Monty(max_processes=1, request_timeout=self.timeout_seconds + 2 * GRACE_SECONDS) as pool,
-                pool.checkout(
-                    limits={
-                        "max_feed_duration_secs": self.timeout_seconds,
-                        "max_memory": self.max_memory_bytes,
-                        "max_total_sleep_secs": self.timeout_seconds,
-                    }
-                ) as session,
-            ):
-                value = session.feed_run(code, inputs=inputs, print_callback=printed)
-                if is_expression:
-                    result = _one_value(value, SandboxResult(True, stdout=printed.output))
-                else:
-                    found = {name: value for name in wanted for value in _read(session, name)}
-                    result = _values(found, SandboxResult(True, stdout=printed.output))
-        except monty.MontyRuntimeError as error:
-            result = _failed(error.display("type-msg"), printed.output)
-        except monty.MontySyntaxError as error:
-            result = _failed(error.display("type-msg"), printed.output)
-        except monty.MontyCrashedError as error:
-            text = f"TimeoutError: stopped after {self.timeout_seconds:g} s" if error.timed_out else f"crashed: {error}"
-            result = _failed(text, printed.output)
-        except monty.MontyConversionError as error:
-            result = _failed(f"TypeError: an input cannot be given to code: {error}", printed.output)
-        except (monty.MontyError, ValueError, TypeError, RecursionError, OverflowError, TimeoutError) as error:
-            result = _failed(f"{type(error).__name__}: {error}", printed.output)
-        except (OSError, RuntimeError) as error:  # the worker program cannot be started or is gone
+            result = _parsed(self._ask(codec.encode(request | {"inputs": _plain(inputs)}, "code")))
+        except (UnstorableValue, RecursionError) as error:
+            result = _failed(f"TypeError: an input cannot be given to code: {error}")
+        except TimeoutError as error:
+            result = _failed(f"TimeoutError: {error}")
+        except _Died as error:
+            result = _failed(f"MemoryError: {error}")
+        except OSError as error:
             problem = f"The sandbox cannot be started: {error}"
             result = SandboxResult(False, error=problem, error_type="configuration")
         result.execution_time_ms = int((time.perf_counter() - started) * 1000)
         return result
+
+    def _ask(self, request: bytes) -> bytes:
+        """The reply of a new process to the request; ``_Died`` without one, ``TimeoutError`` when it is killed."""
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _PROGRAM, json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={name: value for name, value in os.environ.items() if name in _ENVIRONMENT} | {"MALLOC_ARENA_MAX": "2"},
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        seconds = self.timeout_seconds + 2 * sandbox_host.GRACE_SECONDS
+        try:
+            with _killed_after(process, START_SECONDS) as late:
+                ready = process.stdout.read(1)
+            if ready != sandbox_host.READY:
+                raise OSError(f"its process {'did not start in time' if late.is_set() else 'failed to start'}")
+            with _killed_after(process, seconds) as late:
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.write(request)
+                    process.stdin.close()
+                data = process.stdout.read(sandbox_host.MAX_REPLY_BYTES + 1)
+            if late.is_set():
+                raise TimeoutError(f"stopped after {seconds:g} s")
+            if len(data) > sandbox_host.MAX_REPLY_BYTES:
+                raise _Died(f"the sandbox sent more than {sandbox_host.MAX_REPLY_BYTES} bytes")
+        finally:
+            _kill(process)
+            code = process.wait()
+            process.stdout.close()
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+        if not data:
+            size = (self.max_memory_bytes + sandbox_host.OWN_MEMORY_BYTES) // 2**20
+            raise _Died(f"the sandbox died (exit code {code}); its memory is limited to {size} MB")
+        return data
+
+
+class _Died(Exception):
+    """The process ended without a reply, or with one that is none."""
 
 
 def safe_exec(code: str, inputs: Mapping[str, Any] | None = None, timeout_seconds: float = 10) -> SandboxResult:
@@ -154,66 +195,79 @@ def _used(given: dict[str, Any], checked: CheckedCode, wanted: Iterable[str]) ->
     return {name: value for name, value in given.items() if name in mentioned}
 
 
+def _plain(value: Any) -> Any:
+    """``value`` with plain texts, numbers and containers for instances of their subclasses, enums among them."""
+    match value:
+        case bool() | None:
+            return value
+        case str():
+            return str.__str__(value)
+        case int():
+            return int.__int__(value)
+        case float():
+            return float.__float__(value)
+        case dict():
+            return {_plain(key): _plain(item) for key, item in dict.items(value)}
+        case list():
+            return [_plain(item) for item in value]
+        case tuple():
+            return tuple(_plain(item) for item in value)
+        case frozenset():
+            return frozenset(_plain(item) for item in value)
+        case set():
+            return {_plain(item) for item in value}
+    return value
+
+
 def _refused(checked: CheckedCode) -> SandboxResult:
     error_type = "code_error" if checked.is_syntax_error else "security"
     prefix = "" if checked.is_syntax_error else "Refused: "
     return SandboxResult(False, error=prefix + "; ".join(checked.problems[:5]), error_type=error_type)
 
 
-def _failed(text: str, stdout: str) -> SandboxResult:
+def _failed(text: str, stdout: str = "") -> SandboxResult:
     return SandboxResult(False, error=text, stdout=stdout, error_type="code_error")
 
 
-def _read(session: Any, name: str) -> list[Any]:
-    """The value of a variable as a list of one; empty when it was never assigned, or is a function or class."""
-    value = _feed(session, name)
-    if value is _UNBOUND:
-        return []
-    if isinstance(value, str) and value.startswith(_LOOKS_LIKE_CODE):
-        # A function comes out as its text. Asked from inside, text is text and a function is not.
-        return [value] if session.feed_run(f"{name} == {value!r}") is True else []
-    return [value]
-
-
-_UNBOUND = object()
-
-
-def _feed(session: Any, name: str) -> Any:
-    import pydantic_monty as monty
-
+def _parsed(data: bytes) -> SandboxResult:
+    head, _, rest = data.partition(b"\n")
     try:
-        return session.feed_run(name)
-    except monty.MontyRuntimeError as error:
-        if error.display("type-msg").startswith("NameError"):  # assigned on a path that was not taken
-            return _UNBOUND
-        raise
+        reply = json.loads(head)
+        if reply["error"] is not None:
+            return SandboxResult(False, error=reply["error"], stdout=reply["stdout"], error_type=reply["error_type"])
+        result = SandboxResult(True, stdout=reply["stdout"])
+        start = 0
+        for name, length in reply["values"]:
+            result.variables[name] = codec.decode(rest[start : start + length])
+            start += length
+    except (ValueError, KeyError, TypeError, CodecError, StorageError) as error:  # it died while it wrote
+        raise _Died(f"the sandbox sent no whole reply: {error}") from error
+    return result
 
 
-def _values(found: dict[str, Any], result: SandboxResult) -> SandboxResult:
-    """Fill in variables. Values that no step could store, such as instances of the code's own classes, stay out."""
-    for name, value in found.items():
-        problem = _storable(value)
-        if problem is None:
-            result.variables[name] = value
-        elif name == "result":
-            return _failed(f"TypeError: the variable 'result' cannot be returned: {problem}", result.stdout)
+@contextlib.contextmanager
+def _killed_after(process: subprocess.Popen[bytes], seconds: float) -> Iterator[threading.Event]:
+    """Kill the process unless the block ends in time; the event tells whether that was needed."""
+    late = threading.Event()
+
+    def kill() -> None:
+        late.set()
+        _kill(process)
+
+    timer = threading.Timer(seconds, kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield late
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill the process and the interpreter that it started. It is not waited for before, so its id is its own."""
+    with contextlib.suppress(OSError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
         else:
-            logger.debug("variable %r of a code step stays in the sandbox: %s", name, problem)
-    result.result = result.variables.get("result")
-    return result
-
-
-def _one_value(value: Any, result: SandboxResult) -> SandboxResult:
-    problem = _storable(value)
-    if problem is not None or (isinstance(value, str) and value.startswith(_LOOKS_LIKE_CODE)):
-        return _failed(f"TypeError: the value cannot be returned: {problem or value}", result.stdout)
-    result.result = value
-    return result
-
-
-def _storable(value: Any) -> str | None:
-    try:
-        codec.encode(value)
-    except (UnstorableValue, RecursionError) as error:
-        return str(error) or type(error).__name__
-    return None
+            process.kill()

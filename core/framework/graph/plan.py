@@ -215,7 +215,8 @@ class ApprovalRequest(_Document):
 
 
 class ApprovalResult(_Document):
-    """The answer. ``modifications`` of a "modify" may hold ``tool_args`` and ``inputs`` (merged) and ``prompt``."""
+    """The answer. ``modifications`` of a "modify" may hold ``tool_args``, ``function_args`` and ``inputs``
+    (dicts, merged) and ``prompt`` (a text), and nothing else."""
 
     decision: ApprovalDecision
     reason: str | None = None

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from framework.errors import ApprovalError, ResumeError
 from framework.graph.checkpoint_manager import CheckpointManager
 from framework.graph.plan import ApprovalRequest, ApprovalResult, StepStatus
+from framework.graph.plan_approvals import problem_of
 from framework.graph.plan_planner import describe_changes
 from framework.graph.plan_run import progress_of
 from framework.graph.plan_state import Asked, PlanState, has_plan
@@ -42,6 +43,10 @@ async def answer_approval(
     The run's lease is held meanwhile, so of two answers one is refused. Raises ``ApprovalError``, ``RunBusy``,
     ``RunNotFound``, ``ResumeError``, ``StorageError``.
     """
+
+    problem = problem_of(answer, durable=True)
+    if problem is not None:
+        raise ApprovalError(run_id, step_id, f"{problem}. Nothing was stored; answer again.")
 
     def accept(found: Restored) -> None:
         _open_request(found, run_id, step_id, request_id)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from framework.errors import UnstorableValue
 from framework.graph.code_checks import SAFE_BUILTINS, check_code
-from framework.graph.plan import ActionType, ApprovalRequest, ApprovalResult, PlanStep
+from framework.graph.plan import ActionType, ApprovalDecision, ApprovalRequest, ApprovalResult, PlanStep
 from framework.graph.plan_planner import request_id
-from framework.graph.references import own_copy, resolve
+from framework.graph.references import call_arguments, own_copy, resolve
 from framework.graph.text import shorten, summary_of, text_of
 from framework.storage import codec
 
-MODIFIABLE = ("tool_args", "function_args", "inputs", "prompt")
+_MODIFIABLE: dict[str, type[Any]] = {"tool_args": dict, "function_args": dict, "inputs": dict, "prompt": str}
+_ARGUMENTS = {ActionType.TOOL_USE: "tool_args", ActionType.FUNCTION: "function_args"}
+"""Where an action has the arguments of its call."""
 _DETAILS = ("tool_name", "tool_args", "prompt", "function_name", "function_args", "graph_id", "code")
 
 
@@ -28,9 +30,11 @@ def request_for(
         inputs = {**{name: own_copy(context[name])[0] for name in sorted(needed) if name in context}, **inputs}
     action = step.action.model_dump(include=set(_DETAILS))
     details = {name: value for name, value in action.items() if value}
+    taken = _ARGUMENTS.get(step.action.action_type)
     for name in ("tool_args", "function_args"):
-        if name in details:
-            details[name] = resolve(details[name], {**context, **inputs}, outputs)
+        declared = details.pop(name, {})  # what this kind of action does not take is not part of it
+        if name == taken and (declared or inputs):
+            details[name] = call_arguments(declared, inputs, context, outputs)
     return ApprovalRequest(
         step_id=step.id,
         step_description=step.description,
@@ -44,16 +48,44 @@ def request_for(
     )
 
 
-def modified(step: PlanStep, answer: ApprovalResult) -> tuple[PlanStep, list[str]]:
-    """A copy of ``step`` with the answer's modifications, and the names of those that mean nothing to it."""
+def problem_of(answer: ApprovalResult, *, durable: bool) -> str | None:
+    """Why the answer cannot be used, or ``None``. A ``durable`` one must have a stored form as well."""
+    changes = cast("Any", answer.modifications)  # an answer may be made without validation
+    if durable:
+        try:
+            codec.encode({"modifications": changes, "reason": answer.reason}, "answer")
+        except UnstorableValue as error:
+            return f"the answer cannot be stored: {error}"
+    if answer.decision is not ApprovalDecision.MODIFY:
+        return None
+    if not isinstance(changes, dict):
+        return f"modifications must be a dict, not {type(changes).__name__}"
+    for name, value in changes.items():
+        kind = _MODIFIABLE.get(name)
+        if kind is None:
+            return f"an answer cannot modify {name!r}, only {', '.join(_MODIFIABLE)}"
+        if not isinstance(value, kind):
+            return f"the modification {name!r} must be a {kind.__name__}, not {type(value).__name__}"
+        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+            return f"the names in the modification {name!r} must be texts"
+    return None
+
+
+def modified(step: PlanStep, answer: ApprovalResult) -> PlanStep:
+    """A copy of ``step`` with the answer's modifications, which have no problem.
+
+    A modified argument also wins over an input of its name.
+    """
     changes = answer.modifications
     copied = step.model_copy(deep=True)
     copied.action.tool_args.update(changes.get("tool_args") or {})
     copied.action.function_args.update(changes.get("function_args") or {})
     copied.inputs.update(changes.get("inputs") or {})
-    if changes.get("prompt") is not None:
-        copied.action.prompt = str(changes["prompt"])
-    return copied, [name for name in changes if name not in MODIFIABLE]
+    for name in changes.get(_ARGUMENTS.get(step.action.action_type, ""), ()):
+        copied.inputs.pop(name, None)
+    if "prompt" in changes:
+        copied.action.prompt = changes["prompt"]
+    return copied
 
 
 def _preview(step: PlanStep, details: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:

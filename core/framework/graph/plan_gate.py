@@ -14,12 +14,14 @@ from framework.graph.plan import (
     PlanStep,
     StepStatus,
 )
-from framework.graph.plan_approvals import modified, request_for
+from framework.graph.plan_approvals import modified, problem_of, request_for
 from framework.graph.plan_planner import blocked_by_rejection
 from framework.graph.plan_state import Asked, PlanState, now
 from framework.graph.references import MissingReference
+from framework.graph.run_session import RunSession
 from framework.graph.runtime_port import RuntimePort
 from framework.graph.text import shorten
+from framework.graph.worker_actions import StepExecutionResult, failure
 
 
 class GatedRun(Protocol):
@@ -28,6 +30,7 @@ class GatedRun(Protocol):
     state: PlanState
     run_id: str
     port: RuntimePort
+    session: RunSession | None
 
     def note(self, record: Mapping[str, Any], step: PlanStep, events: list[dict[str, Any]]) -> Awaitable[None]: ...
 
@@ -43,8 +46,9 @@ class ApprovalGate:
         self._run = run
         self._callback = callback
 
-    async def allow(self, step: PlanStep, events: list[dict[str, Any]]) -> PlanStep | None:
-        """The step as it may run now; ``None`` when it waits for its answer, or must not run.
+    async def allow(self, step: PlanStep, events: list[dict[str, Any]]) -> PlanStep | StepExecutionResult | None:
+        """The step as it may run now; ``None`` when it waits for its answer, or must not run; or the failed result of
+        one that cannot run: nobody can be asked about it, or the answer cannot be used.
 
         Nothing waits between the last look at the step's arguments and the return.
         """
@@ -56,8 +60,8 @@ class ApprovalGate:
         while True:
             try:
                 request = self._request(step, standing.asked)
-            except MissingReference:
-                return step  # it cannot run, so there is nothing to ask; the worker says what is missing
+            except MissingReference as error:
+                return failure(str(error), "missing_data", step.action.action_type.value)
             asked = standing.approval
             if asked is None or asked.request_id != request.request_id:
                 # An answer to another request is no answer to this one.
@@ -69,7 +73,11 @@ class ApprovalGate:
             elif asked.answer is not None:
                 return await self._use(step, asked, asked.answer, events)
             elif self._callback is not None:
-                asked.answer = await self._ask(self._callback, request)
+                answer = await self._ask(self._callback, request)
+                problem = problem_of(answer, durable=run.session is not None)
+                if problem is not None:
+                    return _unusable(step, problem)
+                asked.answer = answer
                 run.state.keep_approval(step)
                 await run.note({"kind": "approval_answer", **_brief(step, asked)}, step, events)
             else:
@@ -92,15 +100,19 @@ class ApprovalGate:
 
     async def _use(
         self, step: PlanStep, asked: Asked, answer: ApprovalResult, events: list[dict[str, Any]]
-    ) -> PlanStep | None:
+    ) -> PlanStep | StepExecutionResult | None:
         decision = answer.decision
+        problem = problem_of(answer, durable=False)
+        if problem is not None:  # stored by a version that did not look
+            self.use_up(step)
+            return _unusable(step, problem)
         if asked.request_id not in self._told:
             self._told.add(asked.request_id)
             self._tell(step, answer)
         if decision is ApprovalDecision.APPROVE:
             return step
         if decision is ApprovalDecision.MODIFY:
-            return modified(step, answer)[0]
+            return modified(step, answer)
         asked.used = True
         if decision is ApprovalDecision.REJECT:
             step.status, step.completed_at = StepStatus.REJECTED, now()
@@ -117,9 +129,6 @@ class ApprovalGate:
     def _tell(self, step: PlanStep, answer: ApprovalResult) -> None:
         port, reason = self._run.port, answer.reason or "no reason given"
         port.decided(f"Approval of plan step {step.id}", answer.decision.value, reason, step.id)
-        if answer.decision is ApprovalDecision.MODIFY:
-            for name in modified(step, answer)[1]:
-                port.problem("warning", f"Step {step.id!r}: an answer cannot modify {name!r}; left out")
 
     def use_up(self, step: PlanStep) -> None:
         """The step is over, and the answer with it."""
@@ -144,6 +153,12 @@ class ApprovalGate:
             self._run.state.standing(step.id).approval for step in self._run.state.plan.steps if step.id in self.waiting
         ]
         return [asked.request for asked in found if asked is not None]
+
+
+def _unusable(step: PlanStep, problem: str) -> StepExecutionResult:
+    return failure(
+        f"The answer to its approval request is unusable: {problem}", "invalid_answer", step.action.action_type.value
+    )
 
 
 def _brief(step: PlanStep, asked: Asked) -> dict[str, Any]:

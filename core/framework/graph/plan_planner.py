@@ -12,8 +12,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from framework.errors import UnstorableValue
 from framework.graph.plan import ExecutionStatus, Plan, PlanStep, StepStatus
-from framework.graph.text import shorten
+from framework.graph.text import shorten, text_of
+from framework.storage import codec
 
 FINAL = frozenset({StepStatus.COMPLETED, StepStatus.FAILED, StepStatus.SKIPPED, StepStatus.REJECTED})
 """Statuses after which a step does not run again by itself."""
@@ -122,8 +124,14 @@ def canonical_step(step: PlanStep) -> dict[str, Any]:
         "dependencies": sorted(set(step.dependencies)),
         "requires_approval": step.requires_approval,
     }
-    plain: dict[str, Any] = json.loads(json.dumps({key: value for key, value in fields.items() if value}, default=str))
-    return plain
+    return {key: _plain(value) for key, value in fields.items() if value}
+
+
+def _plain(value: Any) -> Any:
+    try:
+        return json.loads(codec.encode(value))
+    except UnstorableValue:  # then no store has the plan, and nobody else compares it
+        return text_of(value)
 
 
 def canonical(plan: Plan) -> dict[str, Any]:

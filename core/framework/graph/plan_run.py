@@ -202,12 +202,20 @@ class PlanRun:
     async def _attempts(self, step: PlanStep, events: list[dict[str, Any]]) -> None:
         """Attempt a step until it is accepted, given up, waits for a person, or the run stops."""
         while True:
-            work: PlanStep | None = step
+            work, barred, stood = step, None, step.status
             if step.requires_approval:
                 # Before each attempt: what was approved are the arguments too, and others may have changed the context.
-                work = await self.gate.allow(step, events)
-            if work is None:
-                return
+                allowed = await self.gate.allow(step, events)
+                if allowed is None:
+                    return
+                if self._stop is not None:  # while it was asked; its answer stays for when the run goes on
+                    step.status = stood
+                    self.state.keep(step)
+                    return
+                if isinstance(allowed, StepExecutionResult):
+                    barred = allowed
+                else:
+                    work = allowed
             # From here until the worker has its arguments nothing waits.
             if self.state.steps_taken + self._attempting >= self._limits.max_total_steps:
                 self._end_at_limit(step)
@@ -217,7 +225,7 @@ class PlanRun:
             step.attempts += 1
             self._attempting += 1
             try:
-                result = await self._work(step, work)
+                result = barred if barred is not None else await self._work(step, work)
                 _faults.reach("node.after")
                 judgment = await self._judged(step, work, result)
                 _faults.reach("routing")
@@ -306,6 +314,7 @@ class PlanRun:
         self.state.total_tokens += result.tokens_used
         self.state.total_latency_ms += result.latency_ms
         if judgment is None:
+            self.gate.use_up(step)
             await self._back(step, "unjudged", "not judged", events)
             return None
         standing.judgment = judgment.model_dump(mode="json", exclude_defaults=True)
@@ -318,6 +327,8 @@ class PlanRun:
             reason = f"Step {step.id!r} needs a person: {feedback}"
             self.stop(ExecutionStatus.NEEDS_ESCALATION, reason)
             self.port.problem("critical", reason)
+            if result.error_type != SUB_GRAPH_PAUSED:  # it ran: to run it again is for a person to say
+                self.gate.use_up(step)
             await self._back(step, "escalated", feedback, events)
             return None
         if judgment.action is JudgmentAction.RETRY and step.attempts < self._max_attempts(step):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -43,6 +44,21 @@ def resolve(value: Any, context: Mapping[str, Any], outputs: Mapping[str, Any] |
     if type(value) in (list, tuple):
         return type(value)(resolve(item, context, outputs) for item in value)
     return value
+
+
+def call_arguments(
+    declared: Mapping[str, Any], inputs: Mapping[str, Any], context: Mapping[str, Any], outputs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a tool or function is called with: the action's arguments overlaid by the resolved ``inputs``, with
+    references to each other, the context and earlier steps. What is approved and what is run both come from here.
+
+    Raises ``MissingReference``.
+    """
+    # An argument that is a reference itself is no target: {"x": "$x"} means the context's x.
+    plain = {name: value for name, value in declared.items() if not (isinstance(value, str) and value.startswith("$"))}
+    scope = ChainMap(dict(inputs), plain, dict(context))
+    resolved = {name: resolve(value, scope, outputs) for name, value in declared.items() if name not in inputs}
+    return {**resolved, **inputs}
 
 
 def own_copy(value: Any) -> tuple[Any, bool]:

@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import json
 import re
-from collections import ChainMap
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ from framework.graph.code_sandbox import CodeSandbox
 from framework.graph.json_reply import widest_braces
 from framework.graph.node_base import is_infrastructure_error
 from framework.graph.plan import ActionType, PlanStep
-from framework.graph.references import own_copy, resolve
+from framework.graph.references import call_arguments, own_copy
 from framework.graph.text import fill_placeholders, shorten, text_of
 from framework.graph.worker_errors import error_text, transient_kind
 from framework.llm.provider import Tool, ToolUse
@@ -321,17 +320,7 @@ ACTIONS: Mapping[ActionType, Callable[[Resources, Work], Awaitable[StepExecution
 
 
 def _arguments(declared: Mapping[str, Any], work: Work) -> dict[str, Any]:
-    """The action's arguments overlaid by the inputs, with references to each other, the context and earlier steps.
-
-    Raises ``MissingReference``.
-    """
-    # An argument that is a reference itself is no target: {"x": "$x"} means the context's x.
-    plain = {name: value for name, value in declared.items() if not (isinstance(value, str) and value.startswith("$"))}
-    scope = ChainMap(dict(work.inputs), plain, dict(work.context))
-    resolved = {
-        name: resolve(value, scope, work.outputs) for name, value in declared.items() if name not in work.inputs
-    }
-    return {**resolved, **work.inputs}
+    return call_arguments(declared, work.inputs, work.context, work.outputs)
 
 
 def _bind(

@@ -7,16 +7,19 @@ the interpreter it runs in has to hold.
 from __future__ import annotations
 
 import builtins
+import json
+import subprocess
 import sys
 import threading
 import time
+from enum import StrEnum
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 
 from framework.graph import code_sandbox
-from framework.graph.code_checks import CheckedCode
+from framework.graph.code_checks import MAX_CODE_CHARS, MAX_NAMES, SAFE_BUILTINS, CheckedCode, check_code
 from framework.graph.code_sandbox import CodeSandbox, SandboxResult, safe_eval, safe_exec
 
 ESCAPES = {
@@ -123,6 +126,19 @@ def test_values_keep_their_types() -> None:
     }
 
 
+def test_inputs_of_subclasses_arrive_as_plain_values() -> None:
+    class Colour(StrEnum):
+        RED = "red"
+
+    class Text(str):
+        __slots__ = ()
+
+    given = {Text("a"): [Colour.RED, True, 2**70, (Text("b"),), {1.5}]}
+    assert CodeSandbox().execute("result = given", {"given": given}).result == {
+        "a": ["red", True, 2**70, ("b",), {1.5}]
+    }
+
+
 def test_functions_and_classes_stay_inside() -> None:
     code = "def f(x):\n    return x + 1\nclass C:\n    pass\ng = f\nh = lambda: 1\n"
     code += "c = C()\nn = len\nresult = f(1)\nt = '<function x'"
@@ -202,3 +218,72 @@ def test_without_the_extra_the_error_says_what_to_install() -> None:
         result = safe_exec("x = 1")
     assert result.error_type == "configuration"
     assert "surefoot[sandbox]" in str(result.error)
+
+
+LAUGHS = """
+import json, resource, sys, time
+from framework.graph.code_sandbox import CodeSandbox
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+CodeSandbox().execute("result = 1")
+before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+code = f"a = ['x' * 100] * 10\\nfor _ in range({sys.argv[1]}):\\n    a = [a] * 10\\nresult = a"
+result = CodeSandbox(timeout_seconds=2).execute(code)
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+seconds = time.monotonic() - started
+print(json.dumps([result.success, result.error_type, result.error, grown // 1024, seconds]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space, and measures in kB")
+@pytest.mark.parametrize("turns", [5, 6, 7, 8, 9])
+def test_a_small_value_that_is_a_huge_tree_leaves_the_program_alive(turns: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LAUGHS, str(turns)], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    success, error_type, error, grown_mb, seconds = json.loads(done.stdout)
+    assert (success, error_type) == (False, "code_error")
+    assert "MB" in error or "MemoryError" in error or "TimeoutError" in error
+    assert grown_mb < 32
+    assert seconds < 15
+
+
+def test_large_results_are_refused_by_name() -> None:
+    result = CodeSandbox().execute("rows = 'a' * 9_000_000\nresult = len(rows)")
+    assert result.error_type == "code_error"
+    assert "8 MB" in str(result.error)
+    assert "'rows'" in str(result.error)
+    assert CodeSandbox().execute("_rows = 'a' * 9_000_000\nresult = len(_rows)").result == 9_000_000
+    assert len(CodeSandbox().execute("result = 'a' * 7_000_000").result) == 7_000_000
+    assert len(str(safe_exec("raise ValueError('a' * 1_000_000)").error)) < 5000
+
+
+def test_what_is_large_to_check_is_refused() -> None:
+    for code in ("x = 1\n" * 30_000, "\n".join(f"x{i} = 1" for i in range(300))):
+        result = CodeSandbox().execute(code)
+        assert result.error_type == "security", result.error
+        assert "at most" in str(result.error)
+    for code in (("a;" * MAX_CODE_CHARS)[:MAX_CODE_CHARS], "\n".join(["if 1:", *([" x=1"] * 1_990)])):
+        started = time.process_time()
+        check_code(code, allowed=SAFE_BUILTINS)
+        assert time.process_time() - started < 1, "about 0.05 s when nothing else runs"
+    many = CodeSandbox().execute("\n".join(f"x{i} = {i}" for i in range(MAX_NAMES)))
+    assert len(many.variables) == MAX_NAMES
+
+
+def test_names_that_the_code_did_not_reach_or_rebinds_do_no_harm() -> None:
+    assert safe_exec("if False:\n    x = 1\ny = 2").variables == {"y": 2}
+    assert safe_exec("if False:\n    x = 1\nNameError = ValueError\nresult = 1").error_type == "code_error"
+
+
+def test_one_deadline_holds_when_the_process_between_hangs() -> None:
+    program = "import sys, time; sys.stdout.write('+'); sys.stdout.flush(); time.sleep(60)"
+    started = time.monotonic()
+    with patch.object(code_sandbox, "_PROGRAM", program):
+        result = safe_exec("x = 1", timeout_seconds=0.1)
+    assert "TimeoutError" in str(result.error)
+    assert time.monotonic() - started < 10
+    with patch.object(code_sandbox, "_PROGRAM", program.replace("time.sleep(60)", "sys.stdin.read()")):
+        assert "died" in str(safe_exec("x = 1").error)
+    with patch.object(code_sandbox, "_PROGRAM", "raise SystemExit(1)"):
+        assert safe_exec("x = 1").error_type == "configuration"

@@ -324,14 +324,13 @@ async def test_what_is_asked_has_the_resolved_arguments() -> None:
 async def test_a_modified_step_runs_as_modified_and_the_plan_stays_as_it_is() -> None:
     bench = Bench()
     bench.executor.register_function("both", lambda **kw: bench.calls.append(kw))
-    changes = {"tool_args": {"b": 2}, "inputs": {"c": 3}, "nonsense": 1}
+    changes = {"tool_args": {"b": 2}, "inputs": {"c": 3}}
     bench.executor.set_approval_callback(lambda request: answers("modify", modifications=changes))
     action = ActionSpec.model_validate({"action_type": "tool_use", "tool_name": "both", "tool_args": {"a": 1, "b": 1}})
     work = plan(PlanStep(id="a", description="", action=action, requires_approval=True))
     assert (await bench.run(work)).status is ExecutionStatus.COMPLETED
     assert bench.calls == [{"a": 1, "b": 2, "c": 3}]
     assert work.steps[0].action.tool_args == {"a": 1, "b": 1}
-    assert "nonsense" in str(bench.runtime.report_problem.call_args_list)
 
 
 async def test_a_rejected_step_skips_exactly_its_dependents() -> None:
