@@ -1,7 +1,7 @@
 # Everything a developer runs. `make` alone lists the targets; each makes .venv when it is missing or out of date.
 #
 #   PYTHON=python3.13 VENV=.venv-3.13   another Python, in an environment of its own
-#   PYTEST_ARGS="-k codec -x"           passed to pytest
+#   PYTEST_ARGS="-k codec -n 0"         passed to pytest; -n 0 runs the tests in one process
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -30,7 +30,7 @@ test: lint unit ## all checks and the tests, as CI does
 .PHONY: unit
 unit: $(READY) ## the tests alone
 	@echo "==> pytest"
-	@cd core && "$(BIN)/python" -m pytest $(PYTEST_ARGS)
+	@cd core && "$(BIN)/python" -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: $(READY) ## the slow tests: random kills and long property tests

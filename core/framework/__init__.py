@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from framework.builder.query import BuilderQuery
+    from framework.llm.anthropic import AnthropicProvider
     from framework.llm.provider import LLMProvider
+    from framework.runner.orchestrator import AgentOrchestrator
+    from framework.runner.runner import AgentRunner
     from framework.runtime.core import Runtime
     from framework.schemas.decision import Decision, DecisionEvaluation, Option, Outcome
     from framework.schemas.run import Problem, Run, RunSummary
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AgentOrchestrator": "framework.runner.orchestrator",
+    "AgentRunner": "framework.runner.runner",
+    "AnthropicProvider": "framework.llm.anthropic",
     "BuilderQuery": "framework.builder.query",
     "Decision": "framework.schemas.decision",
     "DecisionEvaluation": "framework.schemas.decision",
@@ -31,6 +37,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "AgentOrchestrator",
+    "AgentRunner",
+    "AnthropicProvider",
     "BuilderQuery",
     "Decision",
     "DecisionEvaluation",

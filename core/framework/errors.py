@@ -18,8 +18,18 @@
     │   ├── LeaseLost             this owner lost the lease; nothing was written
     │   ├── DefinitionChanged     the graph or plan differs from the one the run started with
     │   ├── ResumeError           the run cannot be resumed from what is stored
+    │   ├── CheckpointNotFound    the run keeps no such checkpoint
+    │   ├── MessageRefused        a message was left under this name before, or the run is completed
     │   └── ApprovalError         an approval's answer was refused: no such request, answered, or asked anew
     ├── BranchConflict            two concurrent branches wrote the same key
+    ├── LLMError                  a language model's provider gave no usable reply; has .transient, .retry_after
+    │   ├── LLMRateLimited        too many requests (429, 529): transient
+    │   ├── LLMTimeout            no reply in time, or a stream that stalled: transient
+    │   ├── LLMUnavailable        no connection, a server error (5xx), or a reply that broke off: transient
+    │   └── LLMRefused            the request itself is refused (400, 401, 403, 404, 422 ...): permanent
+    ├── ToolError                 a tool or an MCP server cannot be set up as it is written (also a ValueError)
+    ├── AgentFileError            a file of an agent's folder is not what it should be (also a ValueError)
+    ├── AgentNotFound             there is no agent in this folder (also a FileNotFoundError)
     └── ExpressionError           a condition is not in the safe language, or cannot be evaluated
 
 A driver's own errors (``sqlite3``, ``OSError``) are translated once, in the storage backend.
@@ -82,8 +92,8 @@ class RunError(SurefootError):
 class RunNotFound(RunError):
     """No run has this id."""
 
-    def __init__(self, run_id: str) -> None:
-        super().__init__(run_id, f"There is no run {run_id!r} in this store.")
+    def __init__(self, run_id: str, message: str | None = None) -> None:
+        super().__init__(run_id, message or f"There is no run {run_id!r} in this store.")
 
 
 class RunExists(RunError):
@@ -136,6 +146,31 @@ class ResumeError(RunError):
     """The run cannot be resumed from what is stored; the message says why."""
 
 
+class CheckpointNotFound(RunError):
+    """The run keeps no such checkpoint. ``checkpoint`` is what was asked for; the message says which are kept."""
+
+    def __init__(self, run_id: str, checkpoint: int | str, kept: Sequence[int]) -> None:
+        if not kept:
+            which = "It keeps none"
+        elif len(kept) == 1:
+            which = f"It keeps one, sequence {kept[0]}"
+        else:
+            which = f"It keeps {len(kept)}, sequences {min(kept)} to {max(kept)}"
+        super().__init__(
+            run_id,
+            f"Run {run_id!r} keeps no checkpoint {checkpoint!r}: there was none, or retention removed it. {which}.",
+        )
+        self.checkpoint = checkpoint
+
+
+class MessageRefused(RunError):
+    """A message to a run was refused and changed nothing. ``name`` is the name it was to be left under."""
+
+    def __init__(self, run_id: str, name: str, problem: str) -> None:
+        super().__init__(run_id, f"Message {name!r} to run {run_id!r} was refused: {problem}")
+        self.name = name
+
+
 class ApprovalError(RunError):
     """The answer to an approval request was refused and changed nothing. ``step_id`` names the plan's step."""
 
@@ -154,6 +189,67 @@ class BranchConflict(SurefootError):
         )
         self.key = key
         self.nodes = (first, second)
+
+
+class LLMError(SurefootError):
+    """A language model's provider gave no usable reply.
+
+    ``transient`` says whether the same request may succeed later; ``retry_after`` is how many seconds the provider
+    asks to wait before it, when it said so; ``status`` is the HTTP status, when there was a response. ``kind`` is
+    the word that ``NodeSpec.retry_on`` and ``NodeResult.error_type`` use.
+    """
+
+    kind = "llm_error"
+    transient = False
+
+    def __init__(self, message: str, *, status: int | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after = retry_after
+
+
+class LLMRateLimited(LLMError):
+    """Too many requests or tokens for now (HTTP 429, or 529: the provider is overloaded)."""
+
+    kind = "rate_limit"
+    transient = True
+
+
+class LLMTimeout(LLMError):
+    """No connection or no reply within the time limit, or a streamed reply that stalled. What it cost is unknown."""
+
+    kind = "timeout"
+    transient = True
+
+
+class LLMUnavailable(LLMError):
+    """The provider cannot be reached, answers with a server error, or broke off in the middle of its reply."""
+
+    kind = "connection_error"
+    transient = True
+
+
+class LLMRefused(LLMError):
+    """The request will be refused each time: a wrong key, an unknown model, or something the model cannot take."""
+
+
+class ToolError(SurefootError, ValueError):
+    """A tool, a module of tools or the settings of an MCP server cannot be used as written; says where and why."""
+
+
+class AgentFileError(SurefootError, ValueError):
+    """A file of an agent's folder is not what it should be. ``file`` says which (and where in it, ``file:line``),
+    ``problems`` what, each with the place, what was expected and what was found."""
+
+    def __init__(self, file: str, *problems: str) -> None:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        super().__init__(f"{file}: {shown}")
+        self.file = file
+        self.problems = list(problems)
+
+
+class AgentNotFound(SurefootError, FileNotFoundError):
+    """There is no agent in this folder."""
 
 
 class ExpressionError(SurefootError, ValueError):

@@ -12,7 +12,8 @@ import pytest
 CORE = Path(__file__).resolve().parents[1]
 
 NAMES = {
-    "framework": "Runtime BuilderQuery Decision Option Outcome DecisionEvaluation Run RunSummary Problem LLMProvider",
+    "framework": "Runtime BuilderQuery Decision Option Outcome DecisionEvaluation Run RunSummary Problem LLMProvider "
+    "AgentRunner AgentOrchestrator",
     "framework.graph": (
         "Goal SuccessCriterion Constraint GoalStatus NodeSpec NodeContext NodeResult NodeProtocol EdgeSpec "
         "EdgeCondition GraphExecutor Plan PlanStep ActionSpec ActionType StepStatus Judgment JudgmentAction "
@@ -45,6 +46,10 @@ NAMES = {
     "framework.storage.backend": "FileStorage",
     "framework.llm": "LLMProvider LLMResponse",
     "framework.llm.provider": "LLMProvider LLMResponse Tool ToolUse ToolResult",
+    "framework.runner": (
+        "AgentRunner AgentInfo ValidationResult ToolRegistry tool AgentOrchestrator AgentMessage MessageType "
+        "CapabilityLevel CapabilityResponse OrchestratorResult RegisteredAgent load_agent_export node_function"
+    ),
     "framework.builder.query": "BuilderQuery",
 }
 PUBLIC = [(module, name) for module, names in NAMES.items() for name in names.split()]
@@ -77,7 +82,9 @@ def test_a_public_name_is_importable(module: str, name: str) -> None:
     assert getattr(import_module(module), name) is not None
 
 
-@pytest.mark.parametrize("module", ["framework", "framework.graph", "framework.llm", "framework.schemas"])
+@pytest.mark.parametrize(
+    "module", ["framework", "framework.graph", "framework.llm", "framework.runner", "framework.schemas"]
+)
 def test_everything_a_package_lists_exists_and_is_listed_once(module: str) -> None:
     package = import_module(module)
     assert len(set(package.__all__)) == len(package.__all__)
@@ -86,7 +93,7 @@ def test_everything_a_package_lists_exists_and_is_listed_once(module: str) -> No
         assert getattr(package, name) is not None
 
 
-@pytest.mark.parametrize("module", ["framework", "framework.graph", "framework.llm"])
+@pytest.mark.parametrize("module", ["framework", "framework.graph", "framework.llm", "framework.runner"])
 def test_a_name_that_does_not_exist_is_an_attribute_error_that_names_it(module: str) -> None:
     with pytest.raises(AttributeError, match="NoSuchName"):
         _ = import_module(module).NoSuchName
@@ -104,6 +111,7 @@ def test_a_name_that_does_not_exist_is_an_attribute_error_that_names_it(module: 
         ("framework.graph", "framework.graph.edge", "GraphSpec"),
         ("framework", "framework.schemas.run", "Run"),
         ("framework.llm", "framework.llm.provider", "LLMProvider"),
+        ("framework", "framework.runner", "AgentRunner"),
     ],
 )
 def test_a_name_is_the_same_object_wherever_it_is_imported_from(one: str, other: str, name: str) -> None:

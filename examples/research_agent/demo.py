@@ -64,9 +64,7 @@ def main() -> int:
     try:
         from show import Screen
     except ModuleNotFoundError as error:
-        print(
-            f"The demo needs {error.name}, which `make demo` installs. Or: pip install './core[cli]'", file=sys.stderr
-        )
+        print(f"The demo needs {error.name}, which `make demo` installs. Or: pip install ./core", file=sys.stderr)
         return 2
     screen = Screen()
     with ExitStack() as stack:

@@ -6,21 +6,33 @@ import asyncio
 import inspect
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from framework._secrets import mask
 from framework.graph.memory import SharedMemory
 from framework.graph.node_base import NodeContext, NodeResult, NodeSpec, is_infrastructure_error
+from framework.graph.node_errors import failed_result
+from framework.graph.spending import NOTHING, Spent
+from framework.llm.threads import GOES_ON, NOT_BEGUN, StepThreads
+
+# Of all runs in this process, so that a resumed run too waits for what an earlier attempt left running.
+_threads = StepThreads()
 
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """What the attempts of a visit came to: the last result and the totals over all attempts of this process."""
+    """What the attempts of a visit came to: the last result, what that attempt took (``last``), and what all attempts
+    of this process took (``spent``)."""
 
     result: NodeResult
     attempts: int
-    tokens: int
-    latency_ms: int
+    last: Spent = NOTHING
+    spent: Spent = NOTHING
+
+    def also(self, spent: Spent) -> Visit:
+        """With what was spent after the last attempt, such as by asking a model for the way on."""
+        return self if spent is NOTHING else replace(self, last=self.last + spent, spent=self.spent + spent)
 
     @property
     def error(self) -> str:
@@ -34,8 +46,7 @@ class FailedAttempt:
 
     attempt: int
     error: str
-    tokens: int
-    latency_ms: int
+    spent: Spent
     delay_seconds: float
 
 
@@ -44,9 +55,14 @@ def max_attempts(spec: NodeSpec) -> int:
     return max(1, spec.max_retries)
 
 
-def delay_before(spec: NodeSpec, attempt: int, chance: float) -> float:
-    """Seconds to wait before ``attempt`` of a node: see ``backoff_seconds``."""
-    return backoff_seconds(spec.retry_delay_seconds, spec.retry_max_delay_seconds, attempt, chance)
+def delay_before(spec: NodeSpec, attempt: int, chance: float, retry_after: float | None = None) -> float:
+    """Seconds to wait before ``attempt`` of a node: see ``backoff_seconds``.
+
+    What the provider asked for, ``retry_after``, comes first, at most ``retry_after_max_seconds`` of it; the back-off
+    is added, so that many nodes that were told the same do not all come back at once.
+    """
+    delay = backoff_seconds(spec.retry_delay_seconds, spec.retry_max_delay_seconds, attempt, chance)
+    return delay + min(max(retry_after or 0.0, 0.0), spec.retry_after_max_seconds)
 
 
 def backoff_seconds(first: float, longest: float, attempt: int, chance: float) -> float:
@@ -59,11 +75,18 @@ def backoff_seconds(first: float, longest: float, attempt: int, chance: float) -
 
 
 def should_retry(spec: NodeSpec, result: NodeResult) -> bool:
-    """Whether ``retry_on`` lets this failure be retried: all when empty, else by error type or words of the error."""
+    """Whether this failure is worth another attempt.
+
+    ``retry_on`` decides by the error's type and names or by words of its message; when it is empty, any error is, but
+    for one that is known to be permanent. A permanent one is retried only when ``retry_on`` names it.
+    """
+    named = any(word == result.error_type or word in result.error_names for word in spec.retry_on)
+    if named or result.transient is False:
+        return named
     if not spec.retry_on:
         return True
     error = (result.error or "").lower()
-    return any(word == result.error_type or word.lower() in error for word in spec.retry_on if word)
+    return any(word.lower() in error for word in spec.retry_on if word)
 
 
 async def run_visit(
@@ -76,15 +99,19 @@ async def run_visit(
     on_failed: Callable[[FailedAttempt], Awaitable[None]],
     on_invalid: Callable[[str], None],
     chance: Callable[[], float] = random.random,
+    step: object = None,
 ) -> Visit:
     """Attempt the node until it succeeds or its budget is used up.
 
     ``failed_before`` attempts were made by earlier processes. Writes of a failed attempt are taken back; changes it
     made inside containers are not (they are shared by reference). Cancellation passes through, writes taken back.
+    An attempt is not begun while a thread of an earlier one of the same ``step`` (a key; None: of this visit) asks a
+    model or runs a tool, so no effect overlaps with its own repetition.
     """
+    step = step if step is not None else object()
     limit = max_attempts(spec)
     attempt = min(failed_before + 1, limit)
-    tokens = latency_ms = 0
+    total = NOTHING
     while True:
         snapshot = memory.snapshot()
         ctx = context(attempt)
@@ -92,20 +119,19 @@ async def run_visit(
             for message in await _invalid(implementation, ctx):
                 on_invalid(message)
         try:
-            result = await _attempt(spec, implementation, ctx)
+            result = await _attempt(spec, implementation, ctx, step)
         except BaseException:
             memory.roll_back(snapshot)
             raise
-        used, took = int(result.tokens_used or 0), int(result.latency_ms or 0)
-        tokens += used
-        latency_ms += took
+        spent = Spent.of_result(result)
+        total += spent
         if result.success:
-            return Visit(result, attempt, tokens, latency_ms)
+            return Visit(result, attempt, spent, total)
         memory.roll_back(snapshot)
         if attempt >= limit or not should_retry(spec, result):
-            return Visit(result, attempt, tokens, latency_ms)
-        delay = delay_before(spec, attempt + 1, chance())
-        await on_failed(FailedAttempt(attempt, result.error or "no reason given", used, took, delay))
+            return Visit(result, attempt, spent, total)
+        delay = delay_before(spec, attempt + 1, chance(), result.retry_after)
+        await on_failed(FailedAttempt(attempt, result.error or "no reason given", spent, delay))
         await asyncio.sleep(delay)
         attempt += 1
 
@@ -124,19 +150,22 @@ async def _invalid(implementation: Any, ctx: NodeContext) -> list[str]:
         return [f"validate_input raised {type(error).__name__}: {error}"]
 
 
-async def _attempt(spec: NodeSpec, implementation: Any, ctx: NodeContext) -> NodeResult:
+async def _attempt(spec: NodeSpec, implementation: Any, ctx: NodeContext, step: object) -> NodeResult:
     """One attempt; whatever it raises, but for cancellation and the end of the process, is a failed result."""
     try:
         async with asyncio.timeout(spec.timeout_seconds) as limit:
-            result = await implementation.execute(ctx)
-    except TimeoutError as error:
-        if limit.expired():
-            return NodeResult(False, error=f"timed out after {spec.timeout_seconds:g} s", error_type="timeout")
-        return NodeResult(False, error=_text(error), error_type=type(error).__name__)
+            await _threads.earlier(step)
+            with _threads.working_on(step):
+                result = await implementation.execute(ctx)
     except Exception as error:  # a node may raise anything; it is recorded, retried and reported, not hidden
+        if isinstance(error, TimeoutError) and limit.expired():
+            text = f"timed out after {spec.timeout_seconds:g} s"
+            if (said := str(error.__cause__ or "")) in (GOES_ON, NOT_BEGUN):
+                text = f"{text}; {said}"
+            return NodeResult(False, error=text, error_type="timeout", error_names=("timeout", "TimeoutError"))
         if is_infrastructure_error(error):
             raise
-        return NodeResult(False, error=_text(error), error_type=type(error).__name__)
+        return failed_result(error)
     return _checked(spec, result)
 
 
@@ -148,14 +177,12 @@ def _checked(spec: NodeSpec, returned: Any) -> NodeResult:
     else:
         # A class of the node's own may lack what has a default.
         values: dict[str, Any] = {each.name: getattr(returned, each.name, each.default) for each in fields(NodeResult)}
+        values["error"] = mask(str(values["error"])) if values["error"] else values["error"]
         try:
             values["tokens_used"] = int(values["tokens_used"] or 0)
             values["latency_ms"] = int(values["latency_ms"] or 0)
+            values["output_tokens"], values["cost"] = int(values["output_tokens"] or 0), float(values["cost"] or 0)
             return NodeResult(**{**values, "output": values["output"] or {}})
         except (TypeError, ValueError, OverflowError) as error:
-            problem = f"returned tokens_used or latency_ms that are no numbers ({error})"
+            problem = f"returned tokens, latency_ms or cost that are no numbers ({error})"
     return NodeResult(False, error=f"node {spec.id!r} {problem}", error_type="invalid_result")
-
-
-def _text(error: Exception) -> str:
-    return str(error) or type(error).__name__

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+from framework._secrets import mask
+from framework.errors import LLMError
+from framework.graph.attempts import should_retry
 from framework.graph.json_reply import parse_json_object
 from framework.graph.node_base import NodeContext, NodeProtocol, NodeResult, is_infrastructure_error
+from framework.graph.node_errors import failed_result
+from framework.graph.spending import NOTHING, Spent
 from framework.graph.text import fill_placeholders, shorten, summary_of, text_of
+from framework.llm.calls import ask, ask_with_tools
+from framework.llm.json_schemas import schema_of_keys
+from framework.llm.stops import stopped_short
 
 LLM_NOT_AVAILABLE = "LLM not available"
 
@@ -62,8 +69,9 @@ class FunctionNode(NodeProtocol):
 class LLMNode(NodeProtocol):
     """Asks a language model, with tools when the node has any and there is a ``tool_executor``.
 
-    The provider is synchronous and runs in a worker thread, and so does ``tool_executor``; an async one runs in the
-    event loop. Cancelling the node stops waiting for the thread, which itself ends with its call.
+    The event loop is not blocked: a provider with an async way is awaited, another one runs in a thread, and so does a
+    ``tool_executor`` that is not async. Cancelling the node, or its time limit, stops waiting: a thread ends with the
+    request or tool call it is in and begins no further one, and the next attempt waits for its end.
     """
 
     def __init__(self, tool_executor: Callable[..., Any] | None = None) -> None:
@@ -73,32 +81,39 @@ class LLMNode(NodeProtocol):
         """The reply as ``output["result"]`` and under the node's output keys, which are written to the state too.
 
         With one output key that is the raw reply, or the value when the reply is a JSON object of exactly that key.
-        With several, each key's value from the JSON object in the reply, else from the input data, else the raw reply.
-        Errors of the model or a tool give a failed result; an error of the run's own store is raised.
+        With several, each key's value from the JSON object in the reply, else from the input data, else the raw reply;
+        a provider that can is asked for such an object. An ``output_schema`` of the node is asked for the same way.
+        Errors of the model or a tool give a failed result; an error of the run's own store is raised. So does a reply
+        that its model or provider refused, one that was stopped at the limit of the tool loop, and one cut at the limit
+        of tokens when a JSON object was wanted; a text that was cut counts, and is reported as a problem.
         """
         if ctx.llm is None:
             return NodeResult(success=False, error=LLM_NOT_AVAILABLE)
         log = _Log.decide(ctx, f"Generate the output of node {ctx.node_id}", "Ask the language model", "llm_call")
+        spent = NOTHING
         try:
             response = await self._ask(ctx)
+            spent = Spent.of_reply(response)
+            unfinished = _unfinished(ctx, response)
+            if unfinished is not None:
+                return log.finished(unfinished, "", spent)
             output = self._store(ctx, response.content)
         except Exception as error:  # noqa: BLE001 - becomes the failed result, or is raised again there
-            return log.failed(error)
-        result = NodeResult(success=True, output=output, tokens_used=_tokens(response))
-        return log.finished(result, summary_of(response.content))
+            return log.failed(error, spent)
+        return log.finished(NodeResult(success=True, output=output), summary_of(response.content), spent)
 
     async def _ask(self, ctx: NodeContext) -> Any:
-        messages = [{"role": "user", "content": _user_message(ctx)}]
-        system = _system_prompt(ctx)
+        spec = ctx.node_spec
+        request: dict[str, Any] = {
+            "messages": [{"role": "user", "content": _user_message(ctx)}],
+            "system": _system_prompt(ctx),
+            "max_tokens": spec.max_tokens,
+            "json_schema": _wanted_schema(ctx),
+            "model": spec.model,
+        }
         if ctx.available_tools and self.tool_executor is not None:
-            return await _in_thread(
-                ctx.llm.complete_with_tools,
-                messages=messages,
-                system=system,
-                tools=ctx.available_tools,
-                tool_executor=_blocking(self.tool_executor),
-            )
-        return await _in_thread(ctx.llm.complete, messages=messages, system=system)
+            return await ask_with_tools(ctx.llm, tools=ctx.available_tools, tool_executor=self.tool_executor, **request)
+        return await ask(ctx.llm, **request)
 
     def _store(self, ctx: NodeContext, content: Any) -> dict[str, Any]:
         values = _by_output_key(ctx, content)
@@ -107,33 +122,64 @@ class LLMNode(NodeProtocol):
         return {"result": content, **values}
 
 
+def _unfinished(ctx: NodeContext, response: Any) -> NodeResult | None:
+    """The failed result that a reply means which is known to be no whole answer; a cut text is only reported."""
+    said = summary_of(response.content)
+    transient: bool | None = None
+    match stopped_short(response):
+        case "refusal":
+            kind, transient = "refusal", False
+            problem = f"the model, or its provider's filter, refused to answer ({response.stop_reason}): {said}"
+        case "iterations":
+            # Another attempt would call the same tools again, to the same end.
+            kind, transient = "max_iterations", False
+            problem = f"the model still asked for tools at the limit of the tool loop (max_iterations): {said}"
+        case "length":
+            kind = "max_tokens"
+            limit = ctx.node_spec.max_tokens or getattr(ctx.llm, "max_tokens", None)
+            shown = f" of {limit}" if isinstance(limit, int) else ""
+            problem = (
+                f"the reply was cut off at the limit{shown} tokens ({response.stop_reason}); raise max_tokens of the "
+                "node, or ask for less"
+            )
+            if _wanted_schema(ctx) is None:
+                report = getattr(ctx.runtime, "report_problem", None)
+                if report is not None:
+                    report(severity="warning", description=f"Node {ctx.node_id!r}: {problem}. What came of it is used.")
+                return None
+        case None:
+            return None
+    return NodeResult(False, error=mask(problem), error_type=kind, error_names=(kind,), transient=transient)
+
+
 class RouterNode(NodeProtocol):
     """Chooses the next node among the node's ``routes``: by a model when it has a prompt, else by ``route_on``."""
 
     async def execute(self, ctx: NodeContext) -> NodeResult:
         """The chosen route's node as ``next_node``, with why in ``route_reason``, and no output.
 
-        Fails when nothing matches and there is no route named ``default``. A model that fails or answers something
-        else means ``default``; an error of the run's own store is raised.
+        Fails when nothing matches and there is no route named ``default``. A model that answers something else, or
+        fails, means ``default``; but when it fails in a way that passes, that is only so in the last attempt. An error
+        of the run's own store is raised.
         """
         routes = ctx.node_spec.routes
         log = _Log.decide(ctx, f"Choose the route of node {ctx.node_id}", f"One of {sorted(routes)}", "routing")
         try:
             if ctx.node_spec.system_prompt and ctx.llm is not None:
-                key, reason, tokens = await self._by_model(ctx)
+                key, reason, spent = await self._by_model(ctx)
             else:
-                key, reason, tokens = *self._by_value(ctx), 0
+                key, reason, spent = *self._by_value(ctx), NOTHING
             target = routes.get(key)
         except Exception as error:  # noqa: BLE001 - becomes the failed result, or is raised again there
             return log.failed(error)
         if target is None:
             known = ", ".join(map(repr, routes)) or "none"
             problem = f"Router {ctx.node_id!r}: {reason}, and it has no route 'default'. Its routes are: {known}."
-            return log.finished(NodeResult(success=False, error=problem, tokens_used=tokens), problem)
-        result = NodeResult(success=True, next_node=target, route_reason=reason, tokens_used=tokens)
-        return log.finished(result, f"route {key!r} to {target!r}: {reason}")
+            return log.finished(NodeResult(success=False, error=problem), problem, spent)
+        result = NodeResult(success=True, next_node=target, route_reason=reason)
+        return log.finished(result, f"route {key!r} to {target!r}: {reason}", spent)
 
-    async def _by_model(self, ctx: NodeContext) -> tuple[str, str, int]:
+    async def _by_model(self, ctx: NodeContext) -> tuple[str, str, Spent]:
         routes = ctx.node_spec.routes
         choices = "\n".join(f"- {key}" for key in routes)
         question = (
@@ -141,19 +187,28 @@ class RouterNode(NodeProtocol):
             'Answer with JSON only: {"chosen": "<route>", "reasoning": "<one sentence>"}'
         )
         try:
-            response = await _in_thread(
-                ctx.llm.complete, messages=[{"role": "user", "content": question}], system=_system_prompt(ctx)
+            response = await ask(
+                ctx.llm,
+                messages=[{"role": "user", "content": question}],
+                system=_system_prompt(ctx),
+                max_tokens=ctx.node_spec.max_tokens,
+                json_schema=_route_schema(list(routes)),
+                model=ctx.node_spec.model,
             )
         except Exception as error:
             if is_infrastructure_error(error):
                 raise
-            return "default", f"the model failed ({type(error).__name__}: {shorten(str(error), 120)})", 0
-        tokens = _tokens(response)
+            passes = isinstance(error, LLMError) and error.transient and ctx.attempt < ctx.max_attempts
+            if passes and should_retry(ctx.node_spec, failed_result(error)):
+                raise
+            reason = shorten(mask(f"{type(error).__name__}: {error}"), 160)
+            return "default", f"the model failed ({reason})", NOTHING
+        spent = Spent.of_reply(response)
         answer = parse_json_object(response.content) or {}
         chosen = answer.get("chosen")
         if not isinstance(chosen, str) or chosen not in routes:
-            return "default", f"the model chose no known route ({summary_of(chosen, 60)})", tokens
-        return chosen, shorten(str(answer.get("reasoning") or "chosen by the model")), tokens
+            return "default", f"the model chose no known route ({summary_of(chosen, 60)})", spent
+        return chosen, shorten(str(answer.get("reasoning") or "chosen by the model")), spent
 
     def _by_value(self, ctx: NodeContext) -> tuple[str, str]:
         value = ctx.input_data["route_on"] if "route_on" in ctx.input_data else _route_on(ctx.memory)
@@ -204,38 +259,40 @@ def _system_prompt(ctx: NodeContext) -> str:
     return "\n\n".join(part for part in (prompt, ctx.goal_context) if part)
 
 
+def _wanted_schema(ctx: NodeContext) -> dict[str, Any] | None:
+    """The JSON schema the reply should follow: the node's own, else that of several output keys.
+
+    A key that the node was given already may be passed on by it, so the model need not say it again.
+    """
+    spec = ctx.node_spec
+    if spec.output_schema is not None or len(spec.output_keys) < 2:
+        return spec.output_schema
+    return schema_of_keys(spec.output_keys, optional=ctx.input_data)
+
+
+def _route_schema(routes: list[str]) -> dict[str, Any]:
+    properties = {"chosen": {"type": "string", "enum": routes}, "reasoning": {"type": "string"}}
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
 def _by_output_key(ctx: NodeContext, content: Any) -> dict[str, Any]:
     keys = ctx.node_spec.output_keys
     if len(keys) == 1:
-        parsed = parse_json_object(content, in_prose=False)
-        return parsed if parsed is not None and set(parsed) == set(keys) else {keys[0]: content}
+        return {keys[0]: _only_value(ctx, keys[0], content)}
     parsed = parse_json_object(content) if keys else None
     if parsed is None:
         return dict.fromkeys(keys, content)
     return {key: parsed[key] if key in parsed else ctx.input_data.get(key, content) for key in keys}
 
 
-def _tokens(response: Any) -> int:
-    counts = (getattr(response, "input_tokens", 0), getattr(response, "output_tokens", 0))
-    return sum(count for count in counts if isinstance(count, int))
-
-
-async def _in_thread(function: Callable[..., Any], **arguments: Any) -> Any:
-    """Call a synchronous provider without blocking the event loop; one that returns an awaitable is awaited here."""
-    value = await asyncio.to_thread(function, **arguments)
-    return await value if inspect.isawaitable(value) else value
-
-
-def _blocking(tool_executor: Callable[..., Any]) -> Callable[..., Any]:
-    """``tool_executor`` as the provider's thread can call it: an async one runs in this loop while the thread waits."""
-    if not any(map(inspect.iscoroutinefunction, (tool_executor, type(tool_executor).__call__))):
-        return tool_executor
-    loop = asyncio.get_running_loop()
-
-    def call(use: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(tool_executor(use), loop).result()
-
-    return call
+def _only_value(ctx: NodeContext, key: str, content: Any) -> Any:
+    """The value of a node's only output key: what the reply has under it, else a reply that follows the node's schema
+    as the object it is, else the reply's text."""
+    if ctx.node_spec.output_schema is not None:
+        parsed = parse_json_object(content)
+        return content if parsed is None else parsed.get(key, parsed)
+    parsed = parse_json_object(content, in_prose=False)
+    return parsed[key] if parsed is not None and set(parsed) == {key} else content
 
 
 @dataclass
@@ -260,15 +317,18 @@ class _Log:
             )
         return cls(ctx, decision_id, perf_counter())
 
-    def failed(self, error: Exception) -> NodeResult:
+    def failed(self, error: Exception, spent: Spent = NOTHING) -> NodeResult:
         """The failed result that ``error`` means. Errors of the run's own store are raised again instead."""
         if is_infrastructure_error(error):
             raise error
-        kind = type(error).__name__
-        return self.finished(NodeResult(success=False, error=str(error) or kind, error_type=kind), "")
+        return self.finished(failed_result(error), "", spent)
 
-    def finished(self, result: NodeResult, summary: str) -> NodeResult:
+    def finished(self, result: NodeResult, summary: str, spent: Spent = NOTHING) -> NodeResult:
         result.latency_ms = int((perf_counter() - self.started) * 1000)
+        if spent is not NOTHING:
+            result.tokens_used += spent.tokens
+            result.output_tokens += spent.output_tokens
+            result.cost += spent.cost
         record = getattr(self.ctx.runtime, "record_outcome", None)
         if record is not None:
             short = shorten(summary)

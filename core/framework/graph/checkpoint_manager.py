@@ -8,11 +8,14 @@ from datetime import datetime
 from typing import Any
 
 from framework.errors import SurefootError
+from framework.graph.cancelling import cancel_run
 from framework.graph.checkpoint_rules import checkpoint_id as new_checkpoint_id
 from framework.graph.checkpoint_rules import is_due, retention_of
+from framework.graph.forking import fork_run
 from framework.graph.memory import SharedMemory
 from framework.graph.run_opening import Definition
 from framework.graph.run_session import Opened, open_session
+from framework.graph.runtime_port import new_run_id as make_run_id
 from framework.schemas.checkpoint import (
     Checkpoint,
     CheckpointConfig,
@@ -28,8 +31,9 @@ class CheckpointManager:
     """Saves and restores checkpoints in ``storage``. Holds nothing of any run: any number may share a store.
 
     Give one to an executor to make its runs durable. The methods here serve callers who manage checkpoints
-    themselves; they block, so call them from a thread in asynchronous code. They never raise for what the store
-    does: a failure is logged and answered with ``None`` or nothing, and the earlier checkpoints stay as they were.
+    themselves; they block, so call them from a thread in asynchronous code. But for ``cancel`` and ``fork`` they never
+    raise for what the store does: a failure is logged and answered with ``None`` or nothing, and the earlier
+    checkpoints stay as they were.
     """
 
     def __init__(self, storage: Storage, config: CheckpointConfig | None = None) -> None:
@@ -120,6 +124,38 @@ class CheckpointManager:
         """Whether a checkpoint is due after step ``step_number``, counted from 1."""
         return is_due(self.config, step_number)
 
+    def fork(
+        self,
+        run_id: str,
+        at: int | str | None = None,
+        changes: Mapping[str, Any] | None = None,
+        new_run_id: str | None = None,
+    ) -> str:
+        """Make a new run from a checkpoint of any run, running ones too; its id. The run is durable, and paused.
+
+        ``at`` is the checkpoint's sequence or id, ``None`` the newest readable one. ``changes`` are values to set in
+        the run's own state (a value may be ``None``); branches of a fan-out keep theirs. ``new_run_id`` is chosen when
+        it is not given. The new run has its own copy of the state, of the path and totals so far, and of the input and
+        metadata; where it comes from is in its header under "forked_from". Resume it as any paused run: it does what
+        comes next there, or answers the pause it stands at; attempts that failed after that checkpoint are not its own.
+        The original is not touched, and may be pruned or deleted.
+
+        Raises ``RunNotFound``, ``CheckpointNotFound`` (says which are kept), ``RunExists``, ``InvalidId``,
+        ``UnstorableValue`` (a change that cannot be stored, or to a name that no state has), ``CorruptData`` (damage is
+        never copied), ``StorageError``.
+        """
+        return fork_run(self.storage, run_id, at, changes, new_run_id, make_run_id)
+
+    def cancel(self, run_id: str) -> bool:
+        """Cancel a run of a graph or a plan, whichever process runs it.
+
+        ``True``: it is cancelled now, durably, as when nobody ran it. ``False``: its owner is alive and was asked to
+        stop, durably; within about a second it ends its step in flight after the commit under way, records the run as
+        cancelled and returns a failed result. Asking again is harmless. What is committed stays, and a cancelled run
+        can be resumed. Raises ``RunNotFound``, ``ResumeError`` for a completed run, ``StorageError``.
+        """
+        return cancel_run(self.storage, run_id, self.config.lease_seconds)
+
     async def open_session(
         self,
         definition: Definition,
@@ -131,6 +167,7 @@ class CheckpointManager:
         on_problem: Callable[[str], None],
         scopes: Mapping[str, SharedMemory] | None = None,
         parent_run_id: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> Opened:
         """Start, take over or look up a run for an executor: see ``run_session.open_session``."""
         return await open_session(
@@ -144,4 +181,5 @@ class CheckpointManager:
             on_problem=on_problem,
             scopes=scopes,
             parent_run_id=parent_run_id,
+            metadata=metadata,
         )

@@ -85,6 +85,12 @@ def check_code(
     return checked
 
 
+def needed_names(code: str) -> set[str]:
+    """Names that ``code`` may read before it sets them: what it takes from the plan's context. Whatever it may not say
+    makes no difference; code that cannot be parsed needs nothing."""
+    return check_code(code, allowed=SAFE_BUILTINS).needed
+
+
 def _walk(root: ast.AST, leave_out: tuple[type[ast.AST], ...] = ()) -> Iterator[ast.AST]:
     """The nodes in the order of the source, without load and store marks: a faster ``ast.walk``."""
     waiting = [root]

@@ -10,15 +10,19 @@ reply. Any thread may use a sandbox. See docs/adr/0008-code-sandbox.md.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from framework.errors import CodecError, StorageError, UnstorableValue
@@ -35,6 +39,10 @@ _PROGRAM = (
 )
 _ENVIRONMENT = frozenset({"PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "LANG"})
 """All that the other process sees of the environment: no key and no password."""
+
+_OWN_FOLDER = str(Path(__file__).parents[2])
+"""Where this package is, should it have been found otherwise than by ``sys.path``. The other process starts without the
+module ``site``, so it looks for everything where this one does, and runs no ``.pth`` file."""
 
 
 @dataclass
@@ -98,6 +106,13 @@ class CodeSandbox:
         result.result = result.variables.get("result")
         return result
 
+    def check(self, code: str, inputs: Iterable[str] = ()) -> list[str]:
+        """Why ``code`` would be refused before it runs, a line each; empty when it would run. Nothing is run.
+
+        ``inputs`` are the names it would be given: those hide builtins that it may not use.
+        """
+        return check_code(code, inputs=inputs, allowed=self.safe_builtins).problems
+
     def execute_expression(self, expression: str, inputs: Mapping[str, Any] | None = None) -> SandboxResult:
         """The value of one expression, as ``result``; checked and run like code."""
         given = dict(inputs or {})
@@ -109,9 +124,7 @@ class CodeSandbox:
         return result
 
     def _run(self, code: str, inputs: dict[str, Any], wanted: list[str], *, is_expression: bool) -> SandboxResult:
-        try:
-            import pydantic_monty  # noqa: F401 - used by the other process
-        except ImportError:
+        if importlib.util.find_spec("pydantic_monty") is None:  # the other process imports it, this one need not
             problem = "Code cannot be run: no sandbox is installed. Install it with: pip install 'surefoot[sandbox]'"
             return SandboxResult(False, error=problem, error_type="configuration")
         started = time.perf_counter()
@@ -121,6 +134,7 @@ class CodeSandbox:
             "is_expression": is_expression,
             "timeout_seconds": float(self.timeout_seconds),
             "max_memory_bytes": self.max_memory_bytes,
+            "interpreter": _interpreter(),
         }
         try:
             result = _parsed(self._ask(codec.encode(request | {"inputs": _plain(inputs)}, "code")))
@@ -139,7 +153,7 @@ class CodeSandbox:
     def _ask(self, request: bytes) -> bytes:
         """The reply of a new process to the request; ``_Died`` without one, ``TimeoutError`` when it is killed."""
         process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _PROGRAM, json.dumps(sys.path)],
+            [sys.executable, "-I", "-S", "-c", _PROGRAM, json.dumps([*sys.path, _OWN_FOLDER])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -187,6 +201,17 @@ def safe_exec(code: str, inputs: Mapping[str, Any] | None = None, timeout_second
 def safe_eval(expression: str, inputs: Mapping[str, Any] | None = None, timeout_seconds: float = 5) -> SandboxResult:
     """The value of an expression in a sandbox: see ``CodeSandbox.execute_expression``."""
     return CodeSandbox(timeout_seconds=timeout_seconds).execute_expression(expression, inputs)
+
+
+@functools.cache
+def _interpreter() -> str | None:
+    """The program of the interpreter, where this Python has its scripts; ``None`` leaves it to the search path."""
+    name = "monty.exe" if sys.platform == "win32" else "monty"
+    for scheme in (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user")):
+        path = Path(sysconfig.get_path("scripts", scheme), name)
+        if path.is_file():
+            return str(path)
+    return None
 
 
 def _used(given: dict[str, Any], checked: CheckedCode, wanted: Iterable[str]) -> dict[str, Any]:

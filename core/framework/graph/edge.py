@@ -10,12 +10,15 @@ from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from framework._secrets import mask
 from framework.errors import ExpressionError
 from framework.graph import fan_out, graph_checks
 from framework.graph.expressions import compile_expression
 from framework.graph.json_reply import parse_json_object
 from framework.graph.node_base import NodeSpec, is_infrastructure_error
+from framework.graph.spending import NOTHING, Spent
 from framework.graph.text import summary_of
+from framework.llm.calls import ask
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +84,33 @@ class EdgeSpec(BaseModel):
                 if llm is None or goal is None:
                     return source_success
                 prompt = self._question(source_success, source_output, memory, source_node_name, target_node_name)
-                return self._llm_decides(llm, goal, prompt, source_success, warn)
+                try:
+                    response = llm.complete(messages=_messages(goal, prompt), system=_SYSTEM)
+                except Exception as error:  # noqa: BLE001 - is a warning, or is raised again there
+                    return self._not_decided(error, source_success, warn)
+                return self._decision(response, source_success, warn)
+
+    async def decide(
+        self,
+        source_success: bool,
+        source_output: Mapping[str, Any],
+        memory: Mapping[str, Any],
+        llm: Any,
+        goal: Any,
+        source_node_name: str | None = None,
+        target_node_name: str | None = None,
+        on_warning: Callable[[str], None] | None = None,
+    ) -> tuple[bool, Spent]:
+        """`should_traverse` of an llm_decide edge without blocking the event loop, and what asking took."""
+        if goal is None:
+            return source_success, NOTHING
+        warn = on_warning or logger.warning
+        prompt = self._question(source_success, source_output, memory, source_node_name, target_node_name)
+        try:
+            response = await ask(llm, messages=_messages(goal, prompt), system=_SYSTEM, json_schema=_DECISION)
+        except Exception as error:  # noqa: BLE001 - is a warning, or is raised again there
+            return self._not_decided(error, source_success, warn), NOTHING
+        return self._decision(response, source_success, warn), Spent.of_reply(response)
 
     def map_inputs(self, source_output: Mapping[str, Any], memory: Mapping[str, Any]) -> dict[str, Any]:
         """What following this edge writes to the state: all of ``source_output``, or the mapped keys that exist."""
@@ -109,22 +138,20 @@ class EdgeSpec(BaseModel):
             warn(f"{self._label()}: its condition {self.condition_expr!r} counts as false: {error}")
             return False
 
-    def _llm_decides(self, llm: Any, goal: Any, prompt: str, source_success: bool, warn: Callable[[str], None]) -> bool:
-        context = goal.to_prompt_context() if hasattr(goal, "to_prompt_context") else str(goal)
-        system = "You decide whether an agent's workflow takes one step. Answer only with the JSON object asked for."
-        try:
-            response = llm.complete(messages=[{"role": "user", "content": f"{context}\n\n{prompt}"}], system=system)
-        except Exception as error:
-            # Contract: a model that fails must not fail the run. Errors of our own store are not the model's.
-            if is_infrastructure_error(error):
-                raise
-            warn(f"{self._label()}: the model failed ({type(error).__name__}: {error}); following the node's success.")
-            return source_success
+    def _decision(self, response: Any, source_success: bool, warn: Callable[[str], None]) -> bool:
         proceed = (parse_json_object(response.content) or {}).get("proceed")
         if not isinstance(proceed, bool):
             warn(f"{self._label()}: no true or false 'proceed' in the model's answer; following the node's success.")
             return source_success
         return proceed
+
+    def _not_decided(self, error: Exception, source_success: bool, warn: Callable[[str], None]) -> bool:
+        # Contract: a model that fails must not fail the run. Errors of our own store are not the model's.
+        if is_infrastructure_error(error):
+            raise error
+        text = mask(f"{type(error).__name__}: {error}")
+        warn(f"{self._label()}: the model failed ({text}); following the node's success.")
+        return source_success
 
     def _question(
         self,
@@ -146,6 +173,21 @@ class EdgeSpec(BaseModel):
 
     def _label(self) -> str:
         return f"Edge {self.id!r} ({self.source} -> {self.target})"
+
+
+_SYSTEM = "You decide whether an agent's workflow takes one step. Answer only with the JSON object asked for."
+
+_DECISION = {
+    "type": "object",
+    "properties": {"proceed": {"type": "boolean"}, "reasoning": {"type": "string"}},
+    "required": ["proceed", "reasoning"],
+    "additionalProperties": False,
+}
+
+
+def _messages(goal: Any, prompt: str) -> list[dict[str, Any]]:
+    context = goal.to_prompt_context() if hasattr(goal, "to_prompt_context") else str(goal)
+    return [{"role": "user", "content": f"{context}\n\n{prompt}"}]
 
 
 def _listing(values: Mapping[str, Any]) -> list[str]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from framework._secrets import mask_error, masked_traceback
 from framework.errors import LeaseLost, ResumeError, StorageError, SurefootError, UnstorableValue
 from framework.graph import planner
 from framework.graph.builtin_nodes import FunctionNode, LLMNode, RouterNode
+from framework.graph.cancelling import lets_go
 from framework.graph.checkpoint_manager import CheckpointManager
 from framework.graph.definition import canonical, describe_changes, fingerprint
 from framework.graph.edge import GraphSpec
@@ -19,6 +22,7 @@ from framework.graph.graph_run import Ending, GraphRun
 from framework.graph.memory import SharedMemory
 from framework.graph.merge import append_only_keys
 from framework.graph.node_base import NodeContext, NodeSpec
+from framework.graph.run_messages import CANCELLED_ON_REQUEST, CancelRequested
 from framework.graph.run_opening import Definition, Restored
 from framework.graph.run_session import Opened
 from framework.graph.runtime_port import RuntimePort
@@ -36,9 +40,9 @@ class ExecutionResult:
     """What an execution came to.
 
     ``output`` is the whole state. ``path``, ``steps_executed`` and the totals are the run's, over all processes that
-    worked on it. ``session_state`` is filled when the run can be resumed. ``run_id`` names the run for life;
-    ``checkpoint_id`` is its newest checkpoint, ``resumed_from`` the one this execution began at, and
-    ``steps_recovered`` how many finished steps it did not have to run again.
+    worked on it; ``total_cost`` is in US dollars, as far as prices are known. ``session_state`` is filled when the run
+    can be resumed. ``run_id`` names the run for life; ``checkpoint_id`` is its newest checkpoint, ``resumed_from`` the
+    one this execution began at, and ``steps_recovered`` how many finished steps it did not have to run again.
     """
 
     success: bool
@@ -54,6 +58,7 @@ class ExecutionResult:
     checkpoint_id: str | None = None
     resumed_from: str | None = None
     steps_recovered: int = 0
+    total_cost: float = 0.0
 
 
 class GraphExecutor:
@@ -99,6 +104,7 @@ class GraphExecutor:
         *,
         run_id: str | None = None,
         parent_run_id: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> ExecutionResult:
         """Run ``graph`` and return what came of it.
 
@@ -107,7 +113,8 @@ class GraphExecutor:
         returned and nothing runs. ``input_data`` that differs from the run's original input is written over the state
         when it goes on. A ``session_state`` from a paused or failed result goes on as well: in its own run when the
         manager knows it, else as a new run that begins where it says. ``parent_run_id`` is recorded with a new run
-        that is a part of another.
+        that is a part of another, and so are ``metadata``: small facts about it, as JSON values, kept for its life and
+        shown where runs are listed.
 
         What a node does wrong is a failed result, never an exception. Raises ``RunBusy``, ``DefinitionChanged``,
         ``ResumeError``, ``InvalidId``, ``UnknownType`` before anything ran, ``LeaseLost`` when another process took
@@ -120,7 +127,7 @@ class GraphExecutor:
         if wrong is not None:
             return ExecutionResult(False, error=wrong, run_id=run_id)
         return await _Execution(
-            self, graph, goal, dict(input_data or {}), dict(session_state or {}), run_id, parent_run_id
+            self, graph, goal, dict(input_data or {}), dict(session_state or {}), run_id, parent_run_id, metadata
         ).run()
 
     # --- what a run asks of its executor (graph_run.NodeSource) ---------------------------------------------------
@@ -181,9 +188,11 @@ class _Execution:
         session_state: dict[str, Any],
         run_id: str | None,
         parent_run_id: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
         self._executor = executor
         self._parent_run_id = parent_run_id
+        self._metadata = metadata
         self._graph = graph
         self._goal = goal
         self._input = input_data
@@ -276,6 +285,7 @@ class _Execution:
             header=header,
             on_problem=self._report,
             parent_run_id=self._parent_run_id,
+            metadata=self._metadata,
         )
 
     def _check(self, restored: Restored) -> None:
@@ -355,11 +365,14 @@ class _Execution:
                 self._tell_reports()
             if restored is not None:
                 await self._take_up(run, restored)
-            elif run.position.ready:
+            detail = f"{run.recovered} steps recovered" if restored is not None else None
+            self._port.emit("run_resumed" if restored is not None else "run_started", detail=detail)
+            if restored is None and run.position.ready:
                 first = run.position.ready[0].node_id
                 answered = self._session_state.get("paused_at") == first
                 run.begin_with(self._input or self._initial(), answered=answered)
-            ending = await run.run()
+            with run.session.stoppable() if run.session is not None else nullcontext():
+                ending = await run.run()
             if ending.state is RunState.PAUSED and run.session is None and run.position.branches:
                 # A session_state names one next node; the other branches would be lost without a word.
                 ending = Ending(
@@ -372,8 +385,13 @@ class _Execution:
                 if ending.error is not None and not run.reported:
                     self._port.problem("critical", ending.error)
             await run.end(ending, events)
+        except CancelRequested:
+            ending = await self._stopped(run, CANCELLED_ON_REQUEST, RunState.CANCELLED)
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit) as error:
-            await self._cancelled(run, "cancelled" if isinstance(error, asyncio.CancelledError) else repr(error))
+            if run.session is not None and lets_go(error):
+                await self._let_go(run)
+            else:
+                await self._cancelled(run, "cancelled" if isinstance(error, asyncio.CancelledError) else repr(error))
             raise
         except GeneratorExit:
             # The coroutine is being closed, maybe with its loop gone: nothing can be waited for.
@@ -392,21 +410,26 @@ class _Execution:
         except Exception as error:
             # No node's error: those are caught where they run. A condition, a tool list, a runtime may raise anything;
             # it is logged, recorded as the run's end, and the caller gets what was done so far.
-            logger.exception("Run %r stopped by an unexpected error", run.run_id)
+            logger.error("Run %r stopped by an unexpected error:\n%s", run.run_id, masked_traceback(error))
             ending = await self._stopped(run, f"{type(error).__name__}: {error}")
         self._tell_reports()
         return await self._result(run, ending, restored)
 
-    async def _stopped(self, run: GraphRun, problem: str) -> Ending:
+    async def _stopped(self, run: GraphRun, problem: str, state: RunState = RunState.FAILED) -> Ending:
         events: list[dict[str, Any]] = []
         with self._port.recording(events):
-            self._port.problem("critical", problem)
-        ending = Ending(RunState.FAILED, problem)
+            self._port.problem("critical" if state is RunState.FAILED else "warning", problem)
+        ending = Ending(state, problem)
         try:
             await run.end(ending, events)
+        except LeaseLost:
+            self._port.abandon(run.run_id)
+            raise
         except SurefootError as error:
-            logger.warning("Run %r failed, which could not be recorded: %s", run.run_id, error)
-        return ending
+            why = mask_error(error)
+            logger.warning("Run %r is %s, which could not be recorded: %s", run.run_id, state.value, why)
+        ended = run.session.ended_as if run.session is not None else None
+        return ending if ended in (None, state) else Ending(ended)
 
     async def _take_up(self, run: GraphRun, restored: Restored) -> None:
         # A session_state is edited by its holder, but one of an earlier checkpoint only says what the state was then.
@@ -420,26 +443,38 @@ class _Execution:
         if run.take_up(restored, brought):
             await run.commit_resume(sorted(brought))
 
+    async def _let_go(self, run: GraphRun) -> None:
+        """Leave the run to the next process. Its record stays as it was saved last: it says that the run goes on."""
+        try:
+            await run.leave()
+        except SurefootError as error:
+            logger.warning("Run %r was let go; what was not committed yet is not kept: %s", run.run_id, error)
+        finally:
+            self._port.emit("run_ended", error="let go, for the next process", detail=RunState.RUNNING.value)
+            self._port.abandon(run.run_id)
+
     async def _cancelled(self, run: GraphRun, why: str) -> None:
         try:
             await run.end(Ending(RunState.CANCELLED, why))
         except SurefootError as error:
-            logger.warning("Run %r was cancelled, which could not be recorded: %s", run.run_id, error)
+            logger.warning("Run %r was cancelled, which could not be recorded: %s", run.run_id, mask_error(error))
         finally:
+            self._port.emit("run_ended", error=why, detail=RunState.CANCELLED.value)
             await self._port.end(False, why, dict(run.memory.view()), cancelled=True)
 
     # --- results ------------------------------------------------------------------------------------------------
 
     async def _result(self, run: GraphRun, ending: Ending, restored: Restored | None) -> ExecutionResult:
-        success = ending.state is not RunState.FAILED
+        success = ending.state not in (RunState.FAILED, RunState.CANCELLED)
         paused_at = run.position.paused_at if ending.state is RunState.PAUSED else None
         result = ExecutionResult(
             success,
             output=run.memory.read_all(),
             error=ending.error,
             steps_executed=run.position.steps_taken + len(run.failed_steps),
-            total_tokens=run.total_tokens,
-            total_latency_ms=run.total_latency_ms,
+            total_tokens=run.spent.tokens,
+            total_latency_ms=run.spent.latency_ms,
+            total_cost=run.spent.cost,
             path=run.path,
             paused_at=paused_at,
             run_id=run.run_id,
@@ -457,7 +492,7 @@ class _Execution:
             if run.position.branches:
                 result.session_state["in_fan_out"] = True
         if run.session is not None and ending.state is not RunState.COMPLETED:
-            if ending.state is RunState.FAILED:
+            if not success:
                 ready = run.position.ready
                 result.session_state = {
                     "memory": dict(result.output),
@@ -469,8 +504,17 @@ class _Execution:
                 "checkpoint_id": result.checkpoint_id,
                 "execution_path": list(result.path),
             }
+        self._port.emit(
+            "run_ended",
+            tokens=run.spent.tokens,
+            latency_ms=run.spent.latency_ms,
+            cost=run.spent.cost,
+            error=ending.error,
+            detail=ending.state.value,
+        )
         narrative = f"paused at {paused_at}" if paused_at is not None else (ending.error or "")
-        await self._port.end(success=success, narrative=narrative, output_data=dict(result.output))
+        cancelled = ending.state is RunState.CANCELLED
+        await self._port.end(success, narrative, dict(result.output), cancelled=cancelled)
         return result
 
     def _stored_result(self, restored: Restored) -> ExecutionResult:
@@ -481,6 +525,7 @@ class _Execution:
             steps_executed=restored.body.get("step_number", 0),
             total_tokens=restored.body.get("tokens", 0),
             total_latency_ms=restored.body.get("latency_ms", 0),
+            total_cost=restored.body.get("cost", 0.0),
             path=path_of(restored.records),
             run_id=self._run_id,
             checkpoint_id=restored.checkpoint_id,

@@ -22,7 +22,7 @@ from framework.graph.plan import (
 )
 from framework.graph.plan_answers import answer_approval, pending_approvals, stored_state
 from framework.graph.plan_execution import PlanExecution
-from framework.graph.plan_planner import problems_of
+from framework.graph.plan_planner import problems_of, problems_of_names
 from framework.graph.plan_run import Limits
 from framework.graph.worker_node import WorkerNode
 from framework.llm.provider import Tool
@@ -34,10 +34,13 @@ class ExecutorConfig:
     """Limits of an execution; all of them hold over restarts.
 
     ``max_retries_per_step`` counts attempts in total, for steps that do not set ``max_retries`` themselves.
-    ``max_total_steps`` counts attempts of all steps together. ``timeout_seconds`` limits the work of one attempt, not
-    its judgement nor a person's answer; ``None`` or 0 is no limit. ``max_concurrency`` is how many ready steps run at
-    once; 1 keeps the order of the list. Before attempt n the executor waits about ``retry_delay_seconds * 2**(n-2)``,
-    at most ``retry_max_delay_seconds``. ``enable_parallel_execution`` is kept for callers and means nothing.
+    ``max_total_steps`` counts attempts of all steps together, those that a crash of the process cut off included.
+    ``max_recovery_attempts`` is how often in a row a run goes on after a crash with nothing of it made durable in
+    between; then it fails. ``timeout_seconds`` limits the work of one attempt, and its judgement as much again, but
+    not a person's answer; ``None`` or 0 is no limit. ``max_concurrency`` is how many ready steps run at once; 1 keeps
+    the order of the list. Before attempt n the executor waits about ``retry_delay_seconds * 2**(n-2)``,
+    at most ``retry_max_delay_seconds``, and up to 300 s more when a model's provider asks for it.
+    ``enable_parallel_execution`` is kept for callers and means nothing.
     """
 
     max_retries_per_step: int = 3
@@ -45,6 +48,7 @@ class ExecutorConfig:
     timeout_seconds: float | None = 300
     enable_parallel_execution: bool = False
     max_concurrency: int = 1
+    max_recovery_attempts: int = 5
     retry_delay_seconds: float = 0.2
     retry_max_delay_seconds: float = 30.0
 
@@ -130,6 +134,7 @@ class FlexibleGraphExecutor:
         *,
         run_id: str | None = None,
         replan: bool = False,
+        metadata: Mapping[str, Any] | None = None,
     ) -> PlanExecutionResult:
         """Carry out ``plan`` as far as it goes; its steps say afterwards where they stand.
 
@@ -138,7 +143,8 @@ class FlexibleGraphExecutor:
         steps are tried afresh); a completed one's result is returned and nothing runs. The store says what is finished,
         not ``plan``, which may be ``None`` then. A plan that differs from the stored one is refused, or with ``replan``
         taken as the run's next revision: completed steps that did not change stay completed. ``context`` values that
-        differ from the run's original ones are written over its context.
+        differ from the run's original ones are written over its context. ``metadata`` are small facts about a new run,
+        as JSON values, kept for its life and shown where runs are listed.
 
         Whatever steps, judge and callback do is in the result. Raises ``ValueError`` without a plan or a stored one,
         ``RunBusy``, ``RunNotFound``, ``DefinitionChanged``, ``ResumeError``, ``InvalidId``, ``UnknownType`` before
@@ -148,20 +154,23 @@ class FlexibleGraphExecutor:
         if plan is None and (run_id is None or self._manager() is None):
             raise ValueError("execute_plan without a plan needs the run_id of a stored run and a checkpoint manager.")
         problems = problems_of(plan) if plan is not None else []
+        problems += problems_of_names(context, "the context")
         if problems:
             text = "Invalid plan: " + "; ".join(problems)
             return PlanExecutionResult(status=ExecutionStatus.FAILED, error=text, run_id=run_id)
-        return await PlanExecution(self, self._manager(), plan, goal, dict(context or {}), run_id, replan).run()
+        execution = PlanExecution(self, self._manager(), plan, goal, dict(context or {}), run_id, replan, metadata)
+        return await execution.run()
 
     async def answer_approval(
         self, run_id: str, step_id: str, answer: ApprovalResult, request_id: str | None = None
     ) -> None:
         """Store the answer to a step's approval request, from any process; durable on return.
 
-        It is used once, when the run goes on by ``execute_plan(..., run_id=run_id)``, and only if the step, its
-        resolved arguments and the plan's revision are still what was asked. ``request_id`` makes sure that the answer
-        is to the request one has seen. Raises ``ApprovalError`` for a second answer, a changed request or none,
-        ``RunBusy``, ``RunNotFound``, ``ResumeError``, ``StorageError``.
+        A run that is going on uses it within about a second, one that has paused when it goes on by
+        ``execute_plan(..., run_id=run_id)``. It is used once, and only if the step, its resolved arguments and the
+        plan's revision are still what was asked. ``request_id`` makes sure that the answer is to the request one has
+        seen. Raises ``ApprovalError`` for a second answer, a changed request or none, modifications that the step does
+        not take, and a completed run, ``RunNotFound``, ``ResumeError``, ``StorageError``.
         """
         await answer_approval(self._required(run_id), run_id, step_id, answer, request_id)
 
@@ -195,6 +204,7 @@ class FlexibleGraphExecutor:
         return Limits(
             max_total_steps=config.max_total_steps,
             max_retries_per_step=config.max_retries_per_step,
+            max_recovery_attempts=config.max_recovery_attempts,
             timeout_seconds=config.timeout_seconds,
             max_concurrency=config.max_concurrency,
             retry_delay_seconds=config.retry_delay_seconds,

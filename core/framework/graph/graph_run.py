@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import types
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from framework import _faults
+from framework._secrets import mask, mask_error
 from framework.errors import BranchConflict, UnstorableValue
 from framework.graph import planner
 from framework.graph.attempts import FailedAttempt, Visit, max_attempts, run_visit
@@ -22,8 +22,10 @@ from framework.graph.node_base import NodeContext, NodeResult, NodeSpec
 from framework.graph.planner import Outcome, Position, Step
 from framework.graph.routing import Route, choose
 from framework.graph.run_opening import Restored
+from framework.graph.run_records import attempt_record, attempts_used, step_record
 from framework.graph.run_session import Progress, RunSession
 from framework.graph.runtime_port import RuntimePort
+from framework.graph.spending import NOTHING, Spent
 from framework.schemas.checkpoint import CheckpointStatus
 from framework.schemas.run import RunState
 from framework.storage import codec
@@ -64,20 +66,9 @@ class Ending:
     state: RunState
     error: str | None = None
 
-
-def _attempts_used(records: Sequence[Mapping[str, Any]], position: Position) -> dict[str, int]:
-    """How many attempts the ready steps have failed, by step key.
-
-    Looked up in the whole log: a sibling's checkpoint may have followed an attempt. A crash or a cancellation goes on
-    with what is left of the budget; a run that had failed starts its step afresh.
-    """
-    used: dict[str, int] = {}
-    for record in records:
-        if record.get("kind") == "attempt":
-            used[record["step"]] = record["attempt"]
-        elif record.get("kind") == "end" and record.get("state") == RunState.FAILED.value:
-            used.clear()
-    return {step.key: used[step.key] for step in position.ready if step.key in used}
+    def __post_init__(self) -> None:
+        if self.error:
+            object.__setattr__(self, "error", mask(self.error))
 
 
 @dataclass(slots=True)
@@ -93,8 +84,7 @@ class GraphRun:
     position: Position
     memory: SharedMemory
     records: list[Mapping[str, Any]] = field(default_factory=list)
-    total_tokens: int = 0
-    total_latency_ms: int = 0
+    spent: Spent = NOTHING
     recovered: int = 0
     next_after_pause: str | None = None
     failed_steps: list[Step] = field(default_factory=list)
@@ -134,8 +124,7 @@ class GraphRun:
         plain = restored.body.get("position", {})
         self.records = list(restored.records)
         self.recovered = sum(1 for record in self.records if record.get("kind") == "step")
-        self.total_tokens = restored.body.get("tokens", 0)
-        self.total_latency_ms = restored.body.get("latency_ms", 0)
+        self.spent = Spent.of_record(restored.body)
         if plain:
             self.position = planner.from_json(plain)
             self.position = replace(self.position, visits=planner.visits_of(self.records, self.position))
@@ -152,11 +141,10 @@ class GraphRun:
             self._inputs[key] = {**{name: view[name] for name in stored["same"]}, **stored.get("own", {})}
         if not plain and self.position.ready:
             self._inputs[self.position.ready[0].key] = dict(restored.input_data)
-        self._failed_before = _attempts_used([*restored.records, *restored.later], self.position)
+        self._failed_before = attempts_used([*restored.records, *restored.later])
         for record in restored.later:
             if record.get("kind") == "attempt":
-                self.total_tokens += record.get("tokens", 0)
-                self.total_latency_ms += record.get("latency_ms", 0)
+                self.spent += Spent.of_record(record)
         return self._take_input(restored, input_data)
 
     def _take_input(self, restored: Restored, input_data: Mapping[str, Any]) -> bool:
@@ -196,6 +184,8 @@ class GraphRun:
         """Run until nothing is left, the run pauses, or it fails. Storage errors and cancellation pass through."""
         try:
             while True:
+                if self.session is not None and self.session.cancel_requested.is_set():
+                    raise asyncio.CancelledError  # also when a node swallowed the cancellation
                 if self._failure is None:
                     self._failure = self._join_ready()
                 ready = self._launchable()
@@ -271,7 +261,7 @@ class GraphRun:
             task.cancel()
         for outcome in await asyncio.gather(*tasks, return_exceptions=True) if tasks else ():
             if isinstance(outcome, Exception):
-                logger.warning("A step that was being stopped failed as well: %s", outcome)
+                logger.warning("A step that was being stopped failed as well: %s", mask_error(outcome))
         self._running.clear()
 
     def _finish(self) -> Ending:
@@ -293,17 +283,35 @@ class GraphRun:
             _faults.reach("node.before")
             memory = self._memories[step.branch]
             before = memory.snapshot()
+            self.port.emit("step_started", step=step.key, node_id=spec.id)
             try:
                 visit = await self._visit(step, spec, memory, events)
                 if visit is None:
                     await self._hold(step, events)
                     return None
                 _faults.reach("node.after")
-                return await self._close_step(step, spec, memory, before, visit, events)
+                failure = await self._close_step(step, spec, memory, before, visit, events)
+                self._tell_end(step, visit, failure)
+                return failure
             except asyncio.CancelledError:
                 if step in self.position.ready:  # not committed: as if it had not begun
                     memory.roll_back(before)
                 raise
+
+    def _tell_end(self, step: Step, visit: Visit, failure: Failure | None) -> None:
+        # A failure without a step is of the join that this step led to, not its own.
+        own = failure is not None and failure.step == step
+        error = failure.error if failure is not None and own else None if visit.result.success else visit.error
+        self.port.emit(
+            "step_finished" if error is None else "step_failed",
+            step=step.key,
+            node_id=step.node_id,
+            attempt=visit.attempts,
+            tokens=visit.spent.tokens,
+            latency_ms=visit.spent.latency_ms,
+            cost=visit.spent.cost,
+            error=error,
+        )
 
     async def _visit(
         self, step: Step, spec: NodeSpec, memory: SharedMemory, events: list[dict[str, Any]]
@@ -311,7 +319,7 @@ class GraphRun:
         try:
             implementation = self.nodes.implementation_of(spec)
         except LookupError as error:
-            return Visit(NodeResult(False, error=str(error.args[0]), error_type="configuration"), 1, 0, 0)
+            return Visit(NodeResult(False, error=str(error.args[0]), error_type="configuration"), 1)
         if implementation is None:
             return self._human_input(step, spec, memory)
         view = memory.with_permissions(spec.input_keys, spec.output_keys)
@@ -331,16 +339,16 @@ class GraphRun:
             )
 
         async def failed(attempt: FailedAttempt) -> None:
+            told = {"step": step.key, "node_id": spec.id, "attempt": attempt.attempt, "error": attempt.error}
+            spent = attempt.spent
+            self.port.emit("attempt_failed", **told, tokens=spent.tokens, latency_ms=spent.latency_ms, cost=spent.cost)
             self.port.problem(
                 "warning",
                 f"Node {spec.id!r} failed in attempt {attempt.attempt} of {max_attempts(spec)}: {attempt.error}",
             )
-            self.total_tokens += attempt.tokens
-            self.total_latency_ms += attempt.latency_ms
+            self.spent += spent
             if self.session is not None:
-                record = {"step": step.key, "node": step.node_id, "attempt": attempt.attempt, "error": attempt.error}
-                if attempt.tokens or attempt.latency_ms:
-                    record |= {"tokens": attempt.tokens, "latency_ms": attempt.latency_ms}
+                record = attempt_record(step, attempt.attempt, attempt.error, spent)
                 await self.session.attempt_failed(record, tuple(events))
                 events.clear()
 
@@ -352,6 +360,7 @@ class GraphRun:
             failed_before=self._failed_before.pop(step.key, 0),
             on_failed=failed,
             on_invalid=lambda message: self.port.problem("warning", f"Node {spec.id!r}: {message}"),
+            step=(self.run_id, step.key) if self.session is not None else None,
         )
 
     def _given(self, step: Step, memory: SharedMemory) -> dict[str, Any]:
@@ -373,7 +382,7 @@ class GraphRun:
         values = {key: memory.peek(key) for key in spec.output_keys}
         given = all(value is not None for value in values.values())
         if given and (spec.output_keys or step.key in self._answered):
-            return Visit(NodeResult(True, output=values), 1, 0, 0)
+            return Visit(NodeResult(True, output=values), 1)
         return None
 
     def _was_asked(self, step: Step, spec: NodeSpec) -> bool:
@@ -408,6 +417,7 @@ class GraphRun:
             written = self._write_output(memory, result)
             onward = self.graph.entry_points.get(f"{spec.id}_resume") if self._was_asked(step, spec) else None
             route = Route((onward,), ({},)) if onward is not None else await self._route(spec, memory, result)
+            visit = visit.also(route.spent)
             error = route.error
             if error is None and not spec.fan_out:
                 mapped = self._map(memory, step.branch, route)
@@ -426,9 +436,10 @@ class GraphRun:
             self.port.problem("critical", error)
             # A node that chose an unknown one has no way on: its edges were not meant.
             route = await self._route(spec, memory, result) if route.error is None else Route()
+            visit = visit.also(route.spent)
             if not route.targets:
                 self.reported = True
-                self._count(visit)
+                self.spent += visit.last  # attempts before it were counted as they failed
                 if self.session is not None:
                     self._keep_events(step, visit, error, events)
                 return Failure(error, step)
@@ -438,12 +449,12 @@ class GraphRun:
                     self.session.check({step.branch: memory})
                 except UnstorableValue as problem:
                     return Failure(f"{error}; and then: {problem}", step)
-        self._count(visit)
+        self.spent += visit.last
         # From here to the commit nothing waits: position, state and sequence change together.
         known = set(self.position.ready)
         self._advance(step, spec, result, route, written, mapped, failed=error is not None)
         failure = self._join_ready()
-        record = self._record(step, visit, route, error)
+        record = step_record(step, visit, error, self.position)
         self.records.append({"kind": "step", **record})
         if self.session is not None:
             following = set(self.position.ready) - known
@@ -465,18 +476,10 @@ class GraphRun:
             return {}
         return dict(output)
 
-    def _count(self, visit: Visit) -> None:
-        # Attempts before the last were counted as they failed.
-        self.total_tokens += int(visit.result.tokens_used or 0)
-        self.total_latency_ms += int(visit.result.latency_ms or 0)
-
     def _keep_events(self, step: Step, visit: Visit, error: str, events: list[dict[str, Any]]) -> None:
         """What the failing visit decided is kept, with the attempt that ended it."""
         assert self.session is not None
-        record: dict[str, Any] = {"step": step.key, "node": step.node_id, "attempt": visit.attempts, "error": error}
-        if visit.result.tokens_used or visit.result.latency_ms:
-            record |= {"tokens": int(visit.result.tokens_used), "latency_ms": int(visit.result.latency_ms)}
-        self.session.keep_attempt(record, tuple(events))
+        self.session.keep_attempt(attempt_record(step, visit.attempts, error, visit.last), tuple(events))
         events.clear()
 
     def _write_output(self, memory: SharedMemory, result: NodeResult) -> set[str]:
@@ -586,19 +589,6 @@ class GraphRun:
 
     # --- what is committed --------------------------------------------------------------------------------------
 
-    def _record(self, step: Step, visit: Visit, route: Route, error: str | None) -> dict[str, Any]:
-        record: dict[str, Any] = {"node": step.node_id, "visit": step.visit, "at": round(time.time(), 3)}
-        optional = {
-            "branch": step.branch,
-            "attempts": visit.attempts if visit.attempts > 1 else None,
-            "tokens": visit.tokens,
-            "latency_ms": visit.latency_ms,
-            "error": error,
-            "branches": [branch.id for branch in self.position.branches.values() if branch.group == step.key],
-        }
-        record.update((key, value) for key, value in optional.items() if value)
-        return record
-
     async def _commit(
         self, step: Step, record: Mapping[str, Any], events: Sequence[dict[str, Any]], failure: Failure | None
     ) -> None:
@@ -641,8 +631,9 @@ class GraphRun:
             node_id=node_id,
             next_id=ready[0].node_id if ready else None,
             step_number=self.position.steps_taken,
-            total_tokens=self.total_tokens,
-            total_latency_ms=self.total_latency_ms,
+            total_tokens=self.spent.tokens,
+            total_latency_ms=self.spent.latency_ms,
+            total_cost=self.spent.cost,
             position=position,
             status=status,
         )
@@ -662,6 +653,11 @@ class GraphRun:
         if self.session is not None and not self.session.ended:
             progress = self._progress(self._last_node(), ending.state)
             await self.session.end(ending.state, ending.error, events, progress, dict(self._memories), self._gone)
+
+    async def leave(self) -> None:
+        """Give the run up without an end, for the next process to go on with."""
+        if self.session is not None and not self.session.ended:
+            await self.session.leave(self._progress(self._last_node()), dict(self._memories), self._gone)
 
     @property
     def path(self) -> list[str]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import string
 from collections.abc import Mapping
-from inspect import isawaitable
 from typing import Any
 
+from framework._secrets import mask_error
 from framework.errors import ExpressionError
+from framework.graph.calls import call, tokens_of
 from framework.graph.expressions import compile_expression
 from framework.graph.goal import Goal
 from framework.graph.node_base import is_infrastructure_error
 from framework.graph.plan import EvaluationRule, Judgment, JudgmentAction, PlanStep
 from framework.graph.text import shorten, summary_of, text_of
+from framework.llm.calls import cost_of, method_of
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,12 @@ class HybridJudge:
         """What to do about ``result``, for the executor a dict of the fields of a ``StepExecutionResult``.
 
         The first rule whose condition holds decides; then the model; else success is accepted, and failure is retried
-        while attempts remain and then sent back to the planner. Never raises for what a rule or the model does.
+        while attempts remain and then sent back to the planner. A failure whose ``transient`` is false is sent back at
+        once when no rule holds: no attempt can help, and no model needs to be asked. Never raises for what a rule or
+        the model does.
+
+        When the model was asked, ``context["tokens_used"]`` of the judgment is how many tokens that took, an int, and
+        ``context["cost"]`` what they cost in US dollars, left out when that is nothing or not known.
         """
         success = isinstance(result, Mapping) and bool(result.get("success", False))
         names: dict[str, Any] = {
@@ -79,32 +85,34 @@ class HybridJudge:
                     rule_matched=rule.id,
                 )
         default = _default(step, result)
-        return default if self.llm is None else await self._ask(step, result, goal, default)
+        if self.llm is None or _is_permanent(result):
+            return default
+        return await self._ask(step, result, goal, default)
 
     async def _ask(self, step: PlanStep, result: Any, goal: Goal, default: Judgment) -> Judgment:
+        tokens, cost = 0, 0.0
         try:
-            response = await asyncio.to_thread(
-                self.llm.complete,
+            response = await call(
+                method_of(self.llm),
                 messages=[{"role": "user", "content": _question(step, result, goal)}],
                 system="You judge whether the result of a step serves the goal. Answer in exactly the asked form.",
                 max_tokens=500,
             )
-            if isawaitable(response):
-                response = await response
+            tokens, cost = tokens_of(response), cost_of(response)
             judgment = _parse(str(response.content), default)
         except Exception as error:
             # A provider may raise anything; a person decides then. The run's own store is another matter.
             if is_infrastructure_error(error):
                 raise
-            return Judgment(
+            judgment = Judgment(
                 action=JudgmentAction.ESCALATE,
-                reasoning=f"The model could not be asked ({type(error).__name__}: {shorten(str(error))}).",
+                reasoning=f"The model could not be asked ({type(error).__name__}: {shorten(mask_error(error))}).",
                 feedback="The result could not be judged; a person has to look at it.",
                 confidence=0.0,
                 llm_used=True,
             )
         if judgment.confidence < self.llm_confidence_threshold and judgment.action is not JudgmentAction.ESCALATE:
-            return Judgment(
+            judgment = Judgment(
                 action=JudgmentAction.ESCALATE,
                 reasoning=f"The model is not sure ({judgment.confidence:g} < {self.llm_confidence_threshold:g}): "
                 f"{judgment.reasoning}",
@@ -113,6 +121,9 @@ class HybridJudge:
                 llm_used=True,
                 context={"original_judgment": judgment.model_dump(mode="json")},
             )
+        judgment.context["tokens_used"] = tokens
+        if cost:
+            judgment.context["cost"] = cost
         return judgment
 
 
@@ -170,11 +181,21 @@ def _holds(rule: EvaluationRule, names: Mapping[str, Any]) -> bool:
         return False
 
 
+def _is_permanent(result: Any) -> bool:
+    """Whether the result is a failure, of which the provider's error says that it will not pass."""
+    return isinstance(result, Mapping) and result.get("success", True) is False and result.get("transient") is False
+
+
 def _default(step: PlanStep, result: Any) -> Judgment:
     if not (isinstance(result, Mapping) and result.get("success", True) is False):
         reasoning = "No rule matches, and there is no model to ask"
         return Judgment(action=JudgmentAction.ACCEPT, reasoning=reasoning, confidence=0.5)
     error = str(result.get("error") or "no reason given")
+    if _is_permanent(result):
+        reasoning = "No rule matches a failure that each attempt would come to"
+        return Judgment(
+            action=JudgmentAction.REPLAN, reasoning=reasoning, feedback=f"Another attempt cannot help: {error}"
+        )
     if step.attempts < step.max_retries:
         reasoning = f"No rule matches a failure, and {step.max_retries - step.attempts} attempts remain"
         return Judgment(action=JudgmentAction.RETRY, reasoning=reasoning, feedback=error, confidence=0.5)

@@ -20,9 +20,11 @@ class NodeSpec(BaseModel):
     """One node of a graph, as data.
 
     ``node_type`` is llm_tool_use, llm_generate, function, router or human_input; any other text runs as an LLM node
-    with tools. ``max_retries`` counts attempts in total; 0 behaves as 1. ``function`` is a label only: functions are
-    registered under the node's id. Empty ``input_keys`` or ``output_keys`` mean "no restriction".
-    Unknown fields are kept.
+    with tools. ``max_retries`` counts attempts in total; 0 behaves as 1. ``retry_on`` names the errors worth another
+    attempt: rate_limit, timeout, connection_error, llm_error, names of exception classes, or words of the message;
+    empty: all but those that are known to be permanent. ``model`` is asked for when the provider serves several.
+    ``function`` is a label only: functions are registered under the node's id. Empty ``input_keys`` or ``output_keys``
+    mean "no restriction". Unknown fields are kept.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -49,6 +51,12 @@ class NodeSpec(BaseModel):
     """Longest time one attempt may take."""
     retry_delay_seconds: float = Field(default=0.2, ge=0)
     retry_max_delay_seconds: float = Field(default=30.0, ge=0)
+    retry_after_max_seconds: float = Field(default=300.0, ge=0)
+    """Longest wait that a provider may ask for (Retry-After); it comes before the back-off, which is added to it."""
+    max_tokens: int | None = Field(default=None, gt=0)
+    """Longest reply of the model; None leaves it to the provider."""
+    output_schema: dict[str, Any] | None = None
+    """JSON schema (an object) of the model's reply; None makes one of two or more output keys."""
     append_only_keys: list[str] = Field(default_factory=list)
     """State keys this node only ever extends at the end."""
 
@@ -120,7 +128,11 @@ class NodeResult:
     """What one attempt of a node came to.
 
     ``output`` is written to the state when ``success`` is true. ``next_node`` overrides the edges (routers set it).
-    ``error_type`` is the class name of the exception behind ``error``, when there was one.
+    ``error_type`` is the class name of the exception behind ``error``, when there was one; for an `LLMError` its kind:
+    rate_limit, timeout, connection_error or llm_error. ``error_names`` are all the names that ``retry_on`` may mean it
+    by. ``transient`` False says that another attempt cannot help, and ``retry_after`` how many seconds the provider
+    asks to wait before one. ``output_tokens`` are a part of ``tokens_used``; ``cost`` is in US dollars, 0.0 when no
+    price is known.
     """
 
     success: bool
@@ -131,6 +143,11 @@ class NodeResult:
     tokens_used: int = 0
     latency_ms: int = 0
     error_type: str | None = None
+    error_names: tuple[str, ...] = ()
+    transient: bool | None = None
+    retry_after: float | None = None
+    output_tokens: int = 0
+    cost: float = 0.0
 
     def to_summary(self, node_spec: NodeSpec | None = None) -> str:
         """One line for a log: failed and why, nothing, or what came out. Local text; never a call to a model."""

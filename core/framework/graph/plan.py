@@ -70,7 +70,8 @@ class _Document(BaseModel):
 
 
 class ActionSpec(_Document):
-    """The work of a step; which fields count depends on ``action_type``. ``model`` is a note for the planner."""
+    """The work of a step; which fields count depends on ``action_type``. ``model`` is the model that an llm_call asks
+    instead of the provider's own, where the provider takes one (``supports_model``)."""
 
     action_type: ActionType
     prompt: str | None = None
@@ -215,8 +216,9 @@ class ApprovalRequest(_Document):
 
 
 class ApprovalResult(_Document):
-    """The answer. ``modifications`` of a "modify" may hold ``tool_args``, ``function_args`` and ``inputs``
-    (dicts, merged) and ``prompt`` (a text), and nothing else."""
+    """The answer. ``modifications`` of a "modify" may hold ``inputs`` (a dict, merged) for every step, ``tool_args`` or
+    ``function_args`` (dicts, merged) for one that uses a tool or calls a function, ``prompt`` (a text) for one that
+    asks a model, and nothing else."""
 
     decision: ApprovalDecision
     reason: str | None = None
@@ -250,9 +252,12 @@ class PlanExecutionResult(_Document):
     """What an execution of a plan came to.
 
     ``results`` is the whole context. Counts and totals are the run's, over all processes; ``steps_executed`` counts
-    attempts. ``run_id`` names the run for life; ``checkpoint_id`` is its newest checkpoint, ``resumed_from`` the one
-    this execution began at, ``steps_recovered`` how many completed steps it found. ``pending_approvals`` are the open
-    requests of a run that waits.
+    attempts that were judged, ``attempts_interrupted`` those that a crash of their process may have cut off, and
+    ``total_tokens`` those of models that judge as well, as ``total_cost`` does, in US dollars as far as prices are
+    known. ``run_id`` names the run for life; ``checkpoint_id`` is its
+    newest checkpoint, ``resumed_from`` the one this execution began at, ``steps_recovered`` how many completed steps
+    it found. ``pending_approvals`` are the open requests of a run that waits. ``stale_steps`` are completed steps that
+    a new revision of the plan kept though something they were made from has changed since.
     """
 
     status: ExecutionStatus
@@ -263,11 +268,14 @@ class PlanExecutionResult(_Document):
     steps_executed: int = 0
     total_tokens: int = 0
     total_latency_ms: int = 0
+    total_cost: float = 0.0
     error: str | None = None
     run_id: str | None = None
     checkpoint_id: str | None = None
     resumed_from: str | None = None
     steps_recovered: int = 0
+    attempts_interrupted: int = 0
+    stale_steps: list[str] = Field(default_factory=list)
     revision: int = 1
     pending_approvals: list[ApprovalRequest] = Field(default_factory=list)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from framework.errors import UnstorableValue
-from framework.graph.code_checks import SAFE_BUILTINS, check_code
+from framework.graph.code_checks import needed_names
 from framework.graph.plan import ActionType, ApprovalDecision, ApprovalRequest, ApprovalResult, PlanStep
 from framework.graph.plan_planner import request_id
 from framework.graph.references import call_arguments, own_copy, resolve
@@ -16,6 +16,8 @@ from framework.storage import codec
 _MODIFIABLE: dict[str, type[Any]] = {"tool_args": dict, "function_args": dict, "inputs": dict, "prompt": str}
 _ARGUMENTS = {ActionType.TOOL_USE: "tool_args", ActionType.FUNCTION: "function_args"}
 """Where an action has the arguments of its call."""
+_OWN = {**_ARGUMENTS, ActionType.LLM_CALL: "prompt"}
+"""What an answer may modify of an action, besides the inputs."""
 _DETAILS = ("tool_name", "tool_args", "prompt", "function_name", "function_args", "graph_id", "code")
 
 
@@ -26,7 +28,7 @@ def request_for(
     inputs = resolve(step.inputs, context, outputs)
     if step.action.action_type is ActionType.CODE_EXECUTION and step.action.code:
         # What the code takes from the context are arguments of it as well.
-        needed = check_code(step.action.code, allowed=SAFE_BUILTINS).needed
+        needed = needed_names(step.action.code)
         inputs = {**{name: own_copy(context[name])[0] for name in sorted(needed) if name in context}, **inputs}
     action = step.action.model_dump(include=set(_DETAILS))
     details = {name: value for name, value in action.items() if value}
@@ -48,9 +50,11 @@ def request_for(
     )
 
 
-def problem_of(answer: ApprovalResult, *, durable: bool) -> str | None:
-    """Why the answer cannot be used, or ``None``. A ``durable`` one must have a stored form as well."""
+def problem_of(answer: ApprovalResult, step: PlanStep, *, durable: bool) -> str | None:
+    """Why the answer cannot be used for ``step``, or ``None``. A ``durable`` one must have a stored form as well."""
     changes = cast("Any", answer.modifications)  # an answer may be made without validation
+    if not isinstance(cast("Any", answer.decision), ApprovalDecision):
+        return f"its decision is {answer.decision!r}, not an ApprovalDecision"
     if durable:
         try:
             codec.encode({"modifications": changes, "reason": answer.reason}, "answer")
@@ -60,10 +64,12 @@ def problem_of(answer: ApprovalResult, *, durable: bool) -> str | None:
         return None
     if not isinstance(changes, dict):
         return f"modifications must be a dict, not {type(changes).__name__}"
+    action = step.action.action_type
+    taken = [name for name in ("inputs", _OWN.get(action)) if name is not None]
     for name, value in changes.items():
-        kind = _MODIFIABLE.get(name)
-        if kind is None:
-            return f"an answer cannot modify {name!r}, only {', '.join(_MODIFIABLE)}"
+        if name not in taken:
+            return f"a {action.value} step like {step.id!r} has no {name!r} to modify, only {' and '.join(taken)}"
+        kind = _MODIFIABLE[name]
         if not isinstance(value, kind):
             return f"the modification {name!r} must be a {kind.__name__}, not {type(value).__name__}"
         if isinstance(value, dict) and not all(isinstance(key, str) for key in value):

@@ -5,22 +5,28 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
+from framework._secrets import mask_error, masked_traceback
 from framework.errors import DefinitionChanged, LeaseLost, ResumeError, StorageError, SurefootError, UnstorableValue
+from framework.graph.cancelling import lets_go, was_let_go
 from framework.graph.checkpoint_manager import CheckpointManager
 from framework.graph.goal import Goal
-from framework.graph.plan import ApprovalRequest, ExecutionStatus, Plan, PlanExecutionResult
-from framework.graph.plan_answers import require_plan, state_of
-from framework.graph.plan_planner import canonical, describe_changes, fingerprint
+from framework.graph.plan import ActionType, ApprovalRequest, ExecutionStatus, Plan, PlanExecutionResult
+from framework.graph.plan_answers import Answers, require_plan, state_of
+from framework.graph.plan_planner import canonical, describe_changes, fingerprint, ready_steps
 from framework.graph.plan_run import RUN_STATES, Ending, Limits, PlanRun, Worker
 from framework.graph.plan_state import SCOPE, PlanState, plan_of
+from framework.graph.run_messages import CANCELLED_ON_REQUEST, CancelRequested
 from framework.graph.run_opening import Definition, Restored
-from framework.graph.run_session import Opened, RunSession
+from framework.graph.run_session import Opened, RunSession, wait_for
 from framework.graph.runtime_port import RuntimePort, new_run_id
 from framework.schemas.checkpoint import ExecutorType
 from framework.schemas.run import RunState
+from framework.storage.backend import Storage
 from framework.storage.checkpoints import SCOPE_MARK
+from framework.storage.committer import committer_of
 from framework.storage.interface import check_id
 
 logger = logging.getLogger(__name__)
@@ -51,6 +57,7 @@ class PlanExecution:
         context: dict[str, Any],
         run_id: str | None,
         replan: bool,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
         self._executor = executor
         self._manager = manager
@@ -60,6 +67,7 @@ class PlanExecution:
         self._named = run_id is not None
         self._run_id = run_id or ""
         self._replan = replan
+        self._metadata = metadata
         self._revised = False
         self._port = RuntimePort(executor.runtime)
         self._reports: list[str] = []
@@ -126,6 +134,7 @@ class PlanExecution:
             header={},
             on_problem=self._report,
             scopes={SCOPE: fresh.stored} if fresh is not None else None,
+            metadata=self._metadata,
         )
 
     def _accept(self, found: Restored) -> None:
@@ -180,6 +189,7 @@ class PlanExecution:
             judge=executor.judge,
             limits=executor.limits(),
             approval_callback=executor.approval_callback,
+            answers=Answers(self._manager.storage, self._run_id) if self._manager is not None else None,
         )
 
     async def _resume(self, found: Restored, session: RunSession, revision: int) -> PlanExecutionResult:
@@ -191,24 +201,61 @@ class PlanExecution:
                 state.take_attempt(attempt)
         await self._port.start(self._goal, self._input_of(state.plan), self._run_id, found.events)
         record: dict[str, Any] = {"kind": "resume"}
+        if found.found is RunState.CRASHED and not was_let_go([*found.records, *found.later]):
+            record["cut_off"] = await self._take_crash(state, found)
+        else:
+            state.take_progress()
         if found.found is RunState.FAILED:
             state.start_afresh()
-        if self._revised:
-            record["replan"] = state.revise(old, revision)
-            record["revision"] = state.plan.revision
-            ids = {step.id for step in (*old.steps, *state.plan.steps)}
-            planned = {name: value for name, value in given.items() if name not in ids}
-            state.bring({name: value for name, value in planned.items() if old.context.get(name) != value})
         brought = {
             name: value
             for name, value in self._context.items()
-            if name not in found.input_data or found.input_data[name] != value
+            if name not in found.input_data or not _is_same(found.input_data[name], value)
         }
+        if self._revised:
+            ids = {step.id for step in (*old.steps, *state.plan.steps)}
+            planned = {
+                name: value
+                for name, value in given.items()
+                if name not in ids and not _is_same(old.context.get(name), value)
+            }
+            record["replan"] = state.revise(old, revision, {*planned, *brought})
+            record["revision"] = state.plan.revision
+            self._tell_stale(record["replan"]["stale"])
+            state.bring(planned)
         state.bring(brought)
         record["input_keys"] = sorted(brought)
         run = self._run_of(state, session)
-        changes = self._revised or bool(brought) or found.found is RunState.FAILED
+        if state.recoveries > self._executor.limits().max_recovery_attempts:
+            run.stop(ExecutionStatus.FAILED, _too_often(state, record["cut_off"], self._run_id))
+        changes = self._revised or bool(brought) or found.found in (RunState.FAILED, RunState.CRASHED)
         return await self._drive(run, found, record if changes else None)
+
+    async def _take_crash(self, state: PlanState, found: Restored) -> list[str]:
+        """Count a crash, and forget earlier ones if anything was made durable since; the steps it may have cut off."""
+        assert self._manager is not None
+        if any(record.get("kind") == "end" for record in found.later):
+            state.take_progress()
+        lost = state.take_crash(self._executor.limits().max_concurrency)
+        steps = [step for step in state.plan.steps if step.id in lost]
+        ids = [
+            f"{self._run_id}/{step.id}#{state.standing(step.id).visit}"
+            for step in steps
+            if step.action.action_type is ActionType.SUB_GRAPH
+        ]
+        if ids:
+            children = await wait_for(committer_of(self._manager.storage).call(lambda store: _sequences(store, ids)))
+            if any(sequence > state.children.get(run_id, 0) for run_id, sequence in children.items()):
+                state.recoveries = 1  # the run of a sub-graph got further
+            state.children = children
+        return lost
+
+    def _tell_stale(self, stale: list[str]) -> None:
+        if stale:
+            self._report(
+                f"Completed steps {', '.join(map(repr, stale))} keep results made from what the new revision of the "
+                "plan has changed or dropped. Change such a step, or give it another id, to have it run again."
+            )
 
     # --- driving ------------------------------------------------------------------------------------------------
 
@@ -220,15 +267,26 @@ class PlanExecution:
         try:
             with self._port.recording(events):
                 self._tell_reports()
+            detail = f"{recovered} steps recovered" if found is not None else None
+            self._port.emit("run_resumed" if found is not None else "run_started", detail=detail)
             if brought is not None:
                 await run.commit_resume(brought)
-            ending = await run.run()
+                if self._manager is not None and self._manager.config.durability == "async":
+                    # What counts crashes is durable before a step that may crash begins.
+                    await wait_for(committer_of(self._manager.storage).call(lambda store: None))
+            with session.stoppable() if (session := run.session) is not None else nullcontext():
+                ending = await run.run()
             with self._port.recording(events):
                 self._tell_reports()
             await self._close(run, ending, events)
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit) as error:
-            await self._cancelled(run, "cancelled" if isinstance(error, asyncio.CancelledError) else repr(error))
+            if run.session is not None and lets_go(error):
+                await self._let_go(run)
+            else:
+                await self._cancelled(run, "cancelled" if isinstance(error, asyncio.CancelledError) else repr(error))
             raise
+        except CancelRequested:
+            ending = await self._stopped(run, Ending(ExecutionStatus.ABORTED, CANCELLED_ON_REQUEST), "warning")
         except GeneratorExit:
             # The coroutine is being closed, maybe with its loop gone: nothing can be waited for.
             self._port.abandon(run.run_id)
@@ -241,11 +299,11 @@ class PlanExecution:
             self._port.abandon(run.run_id)
             raise
         except Exception as error:
-            # No step's error: those are judged. An approval callback or a runtime may raise anything; it is logged,
+            # No step's error: those are judged. A runtime may raise anything; it is logged,
             # recorded as the run's end, and the caller gets what was done so far.
-            logger.exception("Run %r stopped by an unexpected error", run.run_id)
+            logger.error("Run %r stopped by an unexpected error:\n%s", run.run_id, masked_traceback(error))
             ending = Ending(ExecutionStatus.FAILED, f"{type(error).__name__}: {error}")
-            await self._stopped(run, ending)
+            ending = await self._stopped(run, ending)
         self._tell_reports()
         return await self._result(run, ending, found, recovered)
 
@@ -253,21 +311,36 @@ class PlanExecution:
         reason = ending.reason if ending.status is not ExecutionStatus.COMPLETED else None
         await run.end(RUN_STATES[ending.status], reason, events)
 
-    async def _stopped(self, run: PlanRun, ending: Ending) -> None:
+    async def _stopped(self, run: PlanRun, ending: Ending, severity: str = "critical") -> Ending:
+        """Record an ending from outside the plan; what the run came to, which its last step may have said before."""
         events: list[dict[str, Any]] = []
         with self._port.recording(events):
-            self._port.problem("critical", str(ending.reason))
+            self._port.problem(severity, str(ending.reason))
         try:
             await self._close(run, ending, events)
         except SurefootError as error:
-            logger.warning("Run %r failed, which could not be recorded: %s", run.run_id, error)
+            status = ending.status.value
+            logger.warning("Run %r is %s, which could not be recorded: %s", run.run_id, status, mask_error(error))
+        ended = run.session.ended_as if run.session is not None else None
+        return Ending(ExecutionStatus.COMPLETED) if ended is RunState.COMPLETED else ending
+
+    async def _let_go(self, run: PlanRun) -> None:
+        """Leave the run to the next process. Its record stays as it was saved last: it says that the run goes on."""
+        try:
+            await run.leave()
+        except SurefootError as error:
+            logger.warning("Run %r was let go; what was not committed yet is not kept: %s", run.run_id, error)
+        finally:
+            self._port.emit("run_ended", error="let go, for the next process", detail=RunState.RUNNING.value)
+            self._port.abandon(run.run_id)
 
     async def _cancelled(self, run: PlanRun, why: str) -> None:
         try:
             await run.end(RunState.CANCELLED, why)
         except SurefootError as error:
-            logger.warning("Run %r was cancelled, which could not be recorded: %s", run.run_id, error)
+            logger.warning("Run %r was cancelled, which could not be recorded: %s", run.run_id, mask_error(error))
         finally:
+            self._port.emit("run_ended", error=why, detail=RunState.CANCELLED.value)
             await self._port.end(False, why, dict(run.state.memory.view()), cancelled=True)
 
     # --- results ------------------------------------------------------------------------------------------------
@@ -286,19 +359,31 @@ class PlanExecution:
             steps_executed=state.steps_taken,
             total_tokens=state.total_tokens,
             total_latency_ms=state.total_latency_ms,
+            total_cost=state.total_cost,
             error=ending.reason if ending.status is ExecutionStatus.FAILED else None,
             run_id=run.run_id,
             checkpoint_id=run.session.checkpoint_id if run.session is not None else None,
             resumed_from=found.checkpoint_id if found is not None else None,
             steps_recovered=recovered,
+            attempts_interrupted=state.interrupted,
+            stale_steps=state.stale,
             revision=state.plan.revision,
             pending_approvals=run.gate.open_requests,
         )
         waits = ending.status is ExecutionStatus.AWAITING_APPROVAL
+        self._port.emit(
+            "run_ended",
+            tokens=state.total_tokens,
+            latency_ms=state.total_latency_ms,
+            cost=state.total_cost,
+            error=None if completed or waits else ending.reason,
+            detail=RUN_STATES[ending.status].value,
+        )
         await self._port.end(
             success=completed or waits,
             narrative="" if completed else f"{ending.status.value}: {ending.reason or 'no reason given'}",
             output_data=dict(result.results),
+            cancelled=ending.status is ExecutionStatus.ABORTED,
         )
         return result
 
@@ -317,9 +402,35 @@ class PlanExecution:
             steps_executed=state.steps_taken,
             total_tokens=state.total_tokens,
             total_latency_ms=state.total_latency_ms,
+            total_cost=state.total_cost,
             run_id=self._run_id,
             checkpoint_id=found.checkpoint_id,
             resumed_from=found.checkpoint_id,
             steps_recovered=len(completed),
+            attempts_interrupted=state.interrupted,
+            stale_steps=state.stale,
             revision=state.plan.revision,
         )
+
+
+def _sequences(storage: Storage, run_ids: list[str]) -> dict[str, int]:
+    """How far runs of sub-graphs are; those that this store does not have are left out."""
+    found = {run_id: storage.find_run(run_id) for run_id in run_ids}
+    return {run_id: run.sequence for run_id, run in found.items() if run is not None}
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except Exception as error:  # noqa: BLE001 - arrays and the like compare to something that is no truth value
+        logger.debug("values of type %s cannot be compared (%s)", type(one).__name__, error)
+        return False
+
+
+def _too_often(state: PlanState, lost: list[str], run_id: str) -> str:
+    steps = ", ".join(map(repr, lost or [step.id for step in ready_steps(state.plan, state.earlier)])) or "none"
+    return (
+        f"Run {run_id!r} ended its process {state.recoveries} times in a row with nothing finished in between, more "
+        f"often than ExecutorConfig.max_recovery_attempts allows. Steps that were in flight: {steps}. See what ends "
+        "the process there (memory, a native library, a kill), then call again: the count begins anew."
+    )

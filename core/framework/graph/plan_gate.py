@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Mapping
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Protocol
 
+from framework._secrets import mask_error, masked_traceback
+from framework.graph.code_sandbox import CodeSandbox
 from framework.graph.plan import (
+    ActionType,
     ApprovalDecision,
     ApprovalRequest,
     ApprovalResult,
@@ -14,6 +19,7 @@ from framework.graph.plan import (
     PlanStep,
     StepStatus,
 )
+from framework.graph.plan_answers import Answers, request_of
 from framework.graph.plan_approvals import modified, problem_of, request_for
 from framework.graph.plan_planner import blocked_by_rejection
 from framework.graph.plan_state import Asked, PlanState, now
@@ -22,6 +28,9 @@ from framework.graph.run_session import RunSession
 from framework.graph.runtime_port import RuntimePort
 from framework.graph.text import shorten
 from framework.graph.worker_actions import StepExecutionResult, failure
+from framework.storage.records import Message
+
+logger = logging.getLogger(__name__)
 
 
 class GatedRun(Protocol):
@@ -38,10 +47,24 @@ class GatedRun(Protocol):
 
 
 class ApprovalGate:
-    """``waiting`` are the ids of steps that wait for an answer from outside."""
+    """``waiting`` are the ids of steps that wait for an answer from outside, and ``has_news`` says that one may have
+    come. ``answers`` are those left in the store of a durable run."""
 
-    def __init__(self, run: GatedRun, callback: Callable[[ApprovalRequest], Any] | None) -> None:
+    def __init__(
+        self,
+        run: GatedRun,
+        callback: Callable[[ApprovalRequest], Any] | None,
+        answers: Answers | None = None,
+        sandbox: object = None,
+    ) -> None:
         self.waiting: set[str] = set()
+        self.has_news = False
+        self._news: asyncio.Future[None] | None = None
+        self.problems: dict[str, str] = {}
+        """Why a callback gave no answer, by step."""
+        self._answers = answers
+        # Somebody's own may know no such check; it refuses when it is to run the code.
+        self._sandbox = sandbox if isinstance(sandbox, CodeSandbox) else None
         self._told: set[str] = set()
         self._run = run
         self._callback = callback
@@ -61,10 +84,20 @@ class ApprovalGate:
             try:
                 request = self._request(step, standing.asked)
             except MissingReference as error:
-                return failure(str(error), "missing_data", step.action.action_type.value)
+                return failure(error.at_step(step.id), "missing_data", step.action.action_type.value)
+            refused = self._refused_code(step, request)
+            if refused:
+                kind = "code_error" if refused.startswith("SyntaxError") else "security"
+                return failure(f"Refused, so nobody was asked: {refused}", kind, "code_execution")
             asked = standing.approval
-            if asked is None or asked.request_id != request.request_id:
-                # An answer to another request is no answer to this one.
+            if asked is not None and asked.answer is None:  # an open request of a fork is its own from now on
+                asked.request = asked.request.model_copy(update={"run_id": run.run_id})
+            if asked is None or not asked.is_of(run.run_id) or asked.request_id != request.request_id:
+                # An answer to another request is no answer to this one, nor to one that comes to be the same later.
+                # Nor is an answer to the run that this one was forked from: what was approved there is done there.
+                if asked is not None:
+                    standing.asked += 1
+                    request = self._request(step, standing.asked)
                 standing.approval = Asked(request)
                 step.status = StepStatus.AWAITING_APPROVAL
                 run.state.keep_approval(step)
@@ -72,38 +105,105 @@ class ApprovalGate:
                 await run.note(record, step, events)
             elif asked.answer is not None:
                 return await self._use(step, asked, asked.answer, events)
-            elif self._callback is not None:
-                answer = await self._ask(self._callback, request)
-                problem = problem_of(answer, durable=run.session is not None)
-                if problem is not None:
-                    return _unusable(step, problem)
-                asked.answer = answer
+            elif asked.request_id in (left := await self._left([asked])):
+                asked.answer = left[asked.request_id]
+                if asked.answer is None:
+                    self._ask_anew(step)
+                    continue
                 run.state.keep_approval(step)
                 await run.note({"kind": "approval_answer", **_brief(step, asked)}, step, events)
             else:
-                step.status = StepStatus.AWAITING_APPROVAL
-                self.waiting.add(step.id)
-                return None
+                answer = await self._ask(step, request)
+                if answer is None:
+                    step.status = StepStatus.AWAITING_APPROVAL
+                    self.waiting.add(step.id)
+                    return None
+                problem = problem_of(answer, step, durable=run.session is not None)
+                if problem is not None:
+                    return _unusable(step, problem)
+                if self._answers is not None:
+                    # Somebody else may have answered meanwhile: the first answer counts, and is what is found then.
+                    is_ours = await self._answers.leave(step.id, asked.request_id, answer)
+                    if not is_ours and asked.request_id not in await self._left([asked]):
+                        self._ask_anew(step)
+                else:
+                    asked.answer = answer
 
     def _request(self, step: PlanStep, asked: int) -> ApprovalRequest:
         state = self._run.state
         revision, context = state.plan.revision, state.memory.view()
         return request_for(step, self._run.run_id, revision, asked, context, state.outputs())
 
-    async def _ask(self, callback: Callable[[ApprovalRequest], Any], request: ApprovalRequest) -> ApprovalResult:
-        answer = callback(request.model_copy(deep=True))
-        if inspect.isawaitable(answer):
-            answer = await answer
-        if not isinstance(answer, ApprovalResult):
-            raise TypeError(f"The approval callback returned {type(answer).__name__}, not an ApprovalResult.")
-        return answer
+    def _refused_code(self, step: PlanStep, request: ApprovalRequest) -> str:
+        """Why the step's code would not be run even if somebody approved it."""
+        code = step.action.code
+        if self._sandbox is None or step.action.action_type is not ActionType.CODE_EXECUTION or not code:
+            return ""
+        return "; ".join(self._sandbox.check(code, request.context))
+
+    async def _left(self, approvals: Iterable[Asked]) -> dict[str, ApprovalResult | None]:
+        """What was left to these requests, by request; ``None`` for what is no answer."""
+        wanted = [asked.request_id for asked in approvals]
+        return await self._answers.find(wanted) if self._answers is not None else {}
+
+    def _ask_anew(self, step: PlanStep) -> None:
+        """What was left to its request cannot be read."""
+        standing = self._run.state.standing(step.id)
+        standing.asked += 1
+        standing.approval = None
+        text = f"What was left as the answer to the approval request of step {step.id!r} cannot be read; asked anew."
+        self._run.port.problem("warning", text)
+
+    async def _ask(self, step: PlanStep, request: ApprovalRequest) -> ApprovalResult | None:
+        """The callback's answer; ``None`` without a callback, and when it gave none."""
+        if self._callback is None:
+            return None
+        try:
+            answer = self._callback(request.model_copy(deep=True))
+            if inspect.isawaitable(answer):
+                answer = await answer
+        except Exception as error:  # a callback may raise anything; nobody has answered then, and the step waits
+            logger.warning("The approval callback failed at step %r:\n%s", step.id, masked_traceback(error))
+            problem = f"the approval callback raised {type(error).__name__}: {shorten(mask_error(error))}"
+        else:
+            if isinstance(answer, ApprovalResult):
+                self.problems.pop(step.id, None)
+                return answer
+            problem = f"the approval callback returned {type(answer).__name__}, not an ApprovalResult"
+        self.problems[step.id] = problem
+        self._run.port.problem("warning", f"Step {step.id!r} waits for its approval: {problem}.")
+        return None
+
+    def hear(self, message: Message) -> None:
+        """A message was left for the run."""
+        if request_of(message) is not None:
+            self.has_news = True
+            if self._news is not None and not self._news.done():
+                self._news.set_result(None)
+
+    def news(self) -> asyncio.Future[None]:
+        """Done once an answer has been left."""
+        self._news = asyncio.get_running_loop().create_future()
+        if self.has_news:
+            self._news.set_result(None)
+        return self._news
+
+    async def look(self) -> bool:
+        """Whether answers to waiting steps have come; these need not wait any more."""
+        self.has_news = False
+        approvals = {step_id: self._run.state.standing(step_id).approval for step_id in self.waiting}
+        asked = {step_id: each for step_id, each in approvals.items() if each is not None}
+        left = await self._left(asked.values())
+        come = {step_id for step_id, each in asked.items() if each.request_id in left}
+        self.waiting -= come
+        return bool(come)
 
     async def _use(
         self, step: PlanStep, asked: Asked, answer: ApprovalResult, events: list[dict[str, Any]]
     ) -> PlanStep | StepExecutionResult | None:
         decision = answer.decision
-        problem = problem_of(answer, durable=False)
-        if problem is not None:  # stored by a version that did not look
+        problem = problem_of(answer, step, durable=False)
+        if problem is not None:  # stored by a version that did not look, or by somebody else's program
             self.use_up(step)
             return _unusable(step, problem)
         if asked.request_id not in self._told:
@@ -152,7 +252,8 @@ class ApprovalGate:
         found = [
             self._run.state.standing(step.id).approval for step in self._run.state.plan.steps if step.id in self.waiting
         ]
-        return [asked.request for asked in found if asked is not None]
+        # A fork's requests were made by the run that it was forked from.
+        return [asked.request.model_copy(update={"run_id": self._run.run_id}) for asked in found if asked is not None]
 
 
 def _unusable(step: PlanStep, problem: str) -> StepExecutionResult:

@@ -39,7 +39,23 @@ def problems_of(plan: Plan) -> list[str]:
     lines += [
         f"step id {step_id[:40]!r} is empty, too long or holds a NUL" for step_id in ids if not _is_usable(step_id)
     ]
+    lines += problems_of_names(plan.context, "the plan's context")
+    for step in plan.steps:
+        produced = plan.context.get(step.id, step.result) if step.status is StepStatus.COMPLETED else None
+        lines += problems_of_names(produced, f"the outputs of step {step.id!r}")
+        lines += problems_of_names(step.inputs, f"the inputs of step {step.id!r}")
     return lines
+
+
+def problems_of_names(values: Any, where: str) -> list[str]:
+    """A line for each name in a dict that is no text, and so no name; nothing for what is no dict."""
+    if not isinstance(values, Mapping):
+        return []
+    odd = [name for name in values if not isinstance(name, str)]
+    return [
+        f"{where}: the name {shorten(repr(name), 40)} is a {type(name).__name__}, not a text; write {str(name)[:40]!r}"
+        for name in odd
+    ]
 
 
 def _is_usable(step_id: str) -> bool:
@@ -50,6 +66,16 @@ def ready_steps(plan: Plan, known: Collection[str] = ()) -> list[PlanStep]:
     """Steps that may run now, in list order."""
     completed = {step.id for step in plan.steps if step.status is StepStatus.COMPLETED} | set(known)
     return [step for step in plan.steps if step.is_ready(completed)]
+
+
+def cut_off(plan: Plan, max_concurrency: int, unasked: Collection[str], known: Collection[str] = ()) -> list[str]:
+    """Steps that may have been in flight when the plan's process ended at this standing, in list order.
+
+    ``unasked`` are steps that need an answer they do not have: each holds one of the ``max_concurrency`` places, and
+    has not begun.
+    """
+    placed = ready_steps(plan, known)[: max(1, max_concurrency)]
+    return [step.id for step in placed if step.id not in unasked]
 
 
 def dependents(plan: Plan, step_id: str) -> list[PlanStep]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from framework import _faults
+from framework._secrets import mask, mask_error
 from framework.errors import UnstorableValue
 from framework.graph.attempts import backoff_seconds
 from framework.graph.goal import Goal
@@ -23,12 +25,14 @@ from framework.graph.plan import (
     PlanStep,
     StepStatus,
 )
+from framework.graph.plan_answers import Answers
 from framework.graph.plan_gate import ApprovalGate
-from framework.graph.plan_planner import FINAL, ready_steps, standstill
+from framework.graph.plan_planner import FINAL, problems_of_names, ready_steps, standstill
 from framework.graph.plan_state import PlanState, now
+from framework.graph.run_events import RunEventKind
 from framework.graph.run_session import Progress, RunSession
 from framework.graph.runtime_port import RuntimePort
-from framework.graph.worker_actions import SUB_GRAPH_PAUSED, AttemptInfo, StepExecutionResult
+from framework.graph.worker_actions import SUB_GRAPH_PAUSED, AttemptInfo, StepExecutionResult, failure_of
 from framework.graph.worker_errors import error_text
 from framework.schemas.checkpoint import CheckpointStatus
 from framework.schemas.run import RunState
@@ -53,6 +57,10 @@ _CHECKPOINT_STATUS = {
 }
 
 
+_RETRY_AFTER_MAX_SECONDS = 300.0
+"""The most of a provider's wish to wait that is granted."""
+
+
 class Worker(Protocol):
     """What does the work of an attempt."""
 
@@ -75,6 +83,7 @@ class Limits:
 
     max_total_steps: int
     max_retries_per_step: int
+    max_recovery_attempts: int
     timeout_seconds: float | None
     max_concurrency: int
     retry_delay_seconds: float
@@ -87,6 +96,10 @@ class Ending:
 
     status: ExecutionStatus
     reason: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.reason:
+            object.__setattr__(self, "reason", mask(self.reason))
 
 
 class PlanRun:
@@ -104,6 +117,7 @@ class PlanRun:
         judge: Judge,
         limits: Limits,
         approval_callback: Callable[[ApprovalRequest], Any] | None,
+        answers: Answers | None = None,
     ) -> None:
         self.state = state
         self.goal = goal
@@ -113,8 +127,9 @@ class PlanRun:
         self._worker = worker
         self._judge = judge
         self._limits = limits
-        self.gate = ApprovalGate(self, approval_callback)
+        self.gate = ApprovalGate(self, approval_callback, answers, getattr(worker, "sandbox", None))
         self._running: dict[asyncio.Task[None], str] = {}
+        self._sleeps: set[asyncio.Future[None]] = set()
         self._attempting = 0
         self._stop: Ending | None = None
         self._last_step = state.plan.steps[0].id if state.plan.steps else state.plan.id
@@ -124,13 +139,19 @@ class PlanRun:
     async def run(self) -> Ending:
         """Run until nothing can go on. Storage errors and cancellation pass through."""
         self.gate.skip_blocked()
+        unheard = self.session.on_message(self.gate.hear) if self.session is not None else None
         try:
             while True:
+                if self.gate.has_news and self._stop is None:
+                    await self.gate.look()
                 for step in self._launchable():
                     self._running[asyncio.create_task(self._step(step))] = step.id
                 if not self._running:
+                    # An answer that came a moment ago may not have been told of yet.
+                    if self._stop is None and await self.gate.look():
+                        continue
                     return self._finish()
-                done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+                done = await self._next()
                 for task in done:
                     del self._running[task]
                 # Every finished task is looked at before any error leaves, so that none goes unseen.
@@ -145,6 +166,18 @@ class PlanRun:
         except BaseException:
             await self._stop_others()
             raise
+        finally:
+            if unheard is not None:
+                unheard()
+
+    async def _next(self) -> set[asyncio.Task[None]]:
+        """Wait until steps are over, which it returns, or until an answer has come for one that waits."""
+        if not self.gate.waiting:
+            done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+            return done
+        waited: set[asyncio.Future[None]] = {*self._running, self.gate.news()}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        return {task for task in self._running if task.done()}
 
     def _launchable(self) -> list[PlanStep]:
         """Ready steps that may start. One that waits for its answer keeps its place among those that may run at once,
@@ -154,16 +187,22 @@ class PlanRun:
         busy = {*self._running.values(), *self.gate.waiting}
         ready = [step for step in ready_steps(self.state.plan, self.state.earlier) if step.id not in busy]
         room = max(1, self._limits.max_concurrency) - len(busy)
-        budget = self._limits.max_total_steps - self.state.steps_taken - self._attempting
+        budget = self._limits.max_total_steps - self._used
         if ready and room > 0 and budget <= 0 and not self._running:
             self._end_at_limit(ready[0])
         return ready[: max(0, min(room, budget))]
 
+    @property
+    def _used(self) -> int:
+        """Attempts that count against the limit of all: judged, under way, and those that crashes may have cut off."""
+        return self.state.steps_taken + self._attempting + self.state.interrupted
+
     def _end_at_limit(self, step: PlanStep) -> None:
-        limit = self._limits.max_total_steps
+        limit, lost = self._limits.max_total_steps, self.state.interrupted
+        counted = f" ({lost} of them cut off by crashes)" if lost else ""
         self.stop(
             ExecutionStatus.FAILED,
-            f"Stopped at the limit of max_total_steps={limit} attempts before step {step.id!r}. "
+            f"Stopped at the limit of max_total_steps={limit} attempts{counted} before step {step.id!r}. "
             "Raise ExecutorConfig.max_total_steps and resume, or make a plan with fewer steps.",
         )
 
@@ -171,13 +210,16 @@ class PlanRun:
         """Start nothing more; what runs is finished first. The first reason counts."""
         if self._stop is None:
             self._stop = Ending(status, reason)
+            for sleep in self._sleeps:
+                sleep.cancel()
 
     def _finish(self) -> Ending:
         if self._stop is not None:
             return self._stop
         if self.gate.waiting:
             listing = ", ".join(map(repr, sorted(self.gate.waiting)))
-            return Ending(ExecutionStatus.AWAITING_APPROVAL, f"Waiting for approval of {listing}")
+            why = "".join(f"; {step_id!r}: {problem}" for step_id, problem in sorted(self.gate.problems.items()))
+            return Ending(ExecutionStatus.AWAITING_APPROVAL, f"Waiting for approval of {listing}{why}")
         found = standstill(self.state.plan, self.state.earlier)
         return Ending(found.status, found.reason)
 
@@ -188,7 +230,7 @@ class PlanRun:
             task.cancel()
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(outcome, Exception):
-                logger.warning("A step that was being stopped failed as well: %s", outcome)
+                logger.warning("A step that was being stopped failed as well: %s", mask_error(outcome))
         self._running.clear()
 
     # --- one step -----------------------------------------------------------------------------------------------
@@ -201,6 +243,7 @@ class PlanRun:
 
     async def _attempts(self, step: PlanStep, events: list[dict[str, Any]]) -> None:
         """Attempt a step until it is accepted, given up, waits for a person, or the run stops."""
+        told = False
         while True:
             work, barred, stood = step, None, step.status
             if step.requires_approval:
@@ -217,22 +260,31 @@ class PlanRun:
                 else:
                     work = allowed
             # From here until the worker has its arguments nothing waits.
-            if self.state.steps_taken + self._attempting >= self._limits.max_total_steps:
+            if self._used >= self._limits.max_total_steps:
                 self._end_at_limit(step)
                 return
             before, settled = step.status, False
             step.status, step.started_at = StepStatus.IN_PROGRESS, now()
             step.attempts += 1
             self._attempting += 1
+            if not told:
+                self.tell("step_started", step, attempt=step.attempts)
+                told = True
             try:
                 result = barred if barred is not None else await self._work(step, work)
                 _faults.reach("node.after")
+                own_tokens, own_cost = result.tokens_used, float(_positive(result.cost))
                 judgment = await self._judged(step, work, result)
+                tokens, cost = _spent_on(judgment)
+                if tokens or own_cost + cost != result.cost:
+                    result = replace(result, tokens_used=own_tokens + tokens, cost=own_cost + cost)
                 _faults.reach("routing")
                 # An attempt counts once it is judged, so that a sibling's commit does not count one that a crash ends.
                 settled = True
                 self._attempting -= 1
                 self.state.steps_taken += 1
+                if result.executor_type == "sub_graph":
+                    self.state.standing(step.id).count_child(own_tokens, own_cost)
                 delay = await self._settle(step, result, judgment, events)
             except BaseException:
                 if not settled:  # as if the attempt had not begun
@@ -242,9 +294,24 @@ class PlanRun:
                 raise
             if delay is None:
                 return
-            await asyncio.sleep(delay)
+            await self._wait(delay)
             if self._stop is not None:
                 return
+
+    async def _wait(self, seconds: float) -> None:
+        """Sleep; no longer than until the run stops, which a provider's wish to wait for minutes must not hold up."""
+        if self._stop is not None:
+            return
+        sleep = asyncio.ensure_future(asyncio.sleep(seconds))
+        self._sleeps.add(sleep)
+        try:
+            await asyncio.wait({sleep})
+        finally:
+            self._sleeps.discard(sleep)
+            if not sleep.get_loop().is_closed():
+                sleep.cancel()
+        if not sleep.cancelled():
+            sleep.result()
 
     def _max_attempts(self, step: PlanStep) -> int:
         said = "max_retries" in step.model_fields_set
@@ -259,6 +326,8 @@ class PlanRun:
             idempotency_key=f"{place}#{standing.visit}" if standing.visit > 1 else place,
             run_id=self.run_id,
             child_run_id=f"{place}#{standing.visit}" if self.session is not None else None,
+            child_tokens=standing.child_tokens,
+            child_cost=standing.child_cost,
         )
         seconds = self._limits.timeout_seconds
         kind = work.action.action_type.value
@@ -272,9 +341,9 @@ class PlanRun:
             if is_infrastructure_error(error):
                 raise
             if isinstance(error, TimeoutError) and limit.expired():
-                text = f"timed out after {seconds:g} s"
+                text = f"timed out after {seconds:g} s" + _left_behind(error)
                 return StepExecutionResult(False, error=text, error_type="timeout", executor_type=kind)
-            return StepExecutionResult(False, error=error_text(error), error_type="exception", executor_type=kind)
+            return failure_of(error, "exception", kind)
 
     async def _judged(self, step: PlanStep, work: PlanStep, result: StepExecutionResult) -> Judgment | None:
         """The judgement; ``None`` when the judge failed, which ends the run."""
@@ -291,13 +360,24 @@ class PlanRun:
             "tokens_used": result.tokens_used,
             "latency_ms": result.latency_ms,
             "executor_type": result.executor_type,
+            "cost": result.cost,
+            "transient": result.transient,
+            "retry_after": result.retry_after,
         }
+        seconds = self._limits.timeout_seconds
         try:
-            return await self._judge.evaluate(seen, plain, self.goal, dict(self.state.memory.view()))
+            async with asyncio.timeout(seconds if seconds and seconds > 0 else None) as limit:
+                judgment = await self._judge.evaluate(seen, plain, self.goal, dict(self.state.memory.view()))
+            if not isinstance(judgment, Judgment):
+                raise TypeError(f"it returned {type(judgment).__name__}, not a Judgment")
+            return judgment
         except Exception as error:
             # A judge of the caller's own may raise anything. Its step was not judged, so nothing of it is taken.
             if is_infrastructure_error(error):
                 raise
+            if isinstance(error, TimeoutError) and limit.expired():
+                reason = f"The judge gave no judgement within {seconds:g} s (ExecutorConfig.timeout_seconds)"
+                return Judgment(action=JudgmentAction.ESCALATE, reasoning=reason, feedback=reason, confidence=0.0)
             self.stop(ExecutionStatus.FAILED, f"The judge failed at step {step.id!r}: {error_text(error)}")
             return None
 
@@ -309,13 +389,10 @@ class PlanRun:
         Nothing waits before the commit is handed over: what is kept and what is committed change together.
         """
         standing = self.state.standing(step.id)
-        standing.tokens += result.tokens_used
-        standing.latency_ms += result.latency_ms
-        self.state.total_tokens += result.tokens_used
-        self.state.total_latency_ms += result.latency_ms
+        self.state.spend(standing, result.tokens_used, result.latency_ms, result.cost)
         if judgment is None:
             self.gate.use_up(step)
-            await self._back(step, "unjudged", "not judged", events)
+            await self._back(step, "unjudged", "not judged", result, events)
             return None
         standing.judgment = judgment.model_dump(mode="json", exclude_defaults=True)
         if judgment.action is JudgmentAction.ACCEPT:
@@ -329,7 +406,7 @@ class PlanRun:
             self.port.problem("critical", reason)
             if result.error_type != SUB_GRAPH_PAUSED:  # it ran: to run it again is for a person to say
                 self.gate.use_up(step)
-            await self._back(step, "escalated", feedback, events)
+            await self._back(step, "escalated", feedback, result, events)
             return None
         if judgment.action is JudgmentAction.RETRY and step.attempts < self._max_attempts(step):
             return await self._retry(step, result, feedback, events)
@@ -338,14 +415,19 @@ class PlanRun:
             if judgment.action is JudgmentAction.REPLAN
             else f"failed after {step.attempts} attempts: {feedback}"
         )
-        await self._fail(step, reason, events)
+        await self._fail(step, reason, result, events)
         return None
 
     async def _accept(self, step: PlanStep, result: StepExecutionResult, events: list[dict[str, Any]]) -> None:
         state = self.state
+        odd = problems_of_names(result.outputs, f"the outputs of step {step.id!r}")
+        if odd:
+            await self._fail(step, f"its outputs cannot be taken: {'; '.join(odd)}", result, events)
+            return
         before = (state.memory.snapshot(), state.stored.snapshot())
         step.status, step.completed_at, step.error = StepStatus.COMPLETED, now(), None
-        state.standing(step.id).feedback = None
+        standing = state.standing(step.id)
+        standing.feedback, standing.child_tokens, standing.child_cost = None, 0, 0.0
         try:
             state.complete(step, result.outputs)
             self.gate.use_up(step)
@@ -356,7 +438,7 @@ class PlanRun:
             state.memory.roll_back(before[0])
             state.stored.roll_back(before[1])
             state.drop_outputs(step)
-            await self._fail(step, f"its outputs cannot be stored: {error}", events)
+            await self._fail(step, f"its outputs cannot be stored: {error}", result, events)
             return
         self._last_step = step.id
         if self.session is not None:
@@ -365,6 +447,7 @@ class PlanRun:
                 "attempts": step.attempts if step.attempts > 1 else 0,
                 "tokens": result.tokens_used,
                 "latency_ms": result.latency_ms,
+                "cost": round(result.cost, 12),
             }
             record |= {name: value for name, value in optional.items() if value}
             ends = self._nothing_left()
@@ -373,6 +456,7 @@ class PlanRun:
                 record, tuple(events), progress, state.scopes, state=RunState.COMPLETED if ends else None
             )
             events.clear()
+        self.tell("step_finished", step, result, attempt=step.attempts)
         if len(self._running) > 1:
             _faults.reach("branch.between")
 
@@ -389,8 +473,11 @@ class PlanRun:
     ) -> float:
         standing = self.state.standing(step.id)
         step.status, step.error = StepStatus.PENDING, feedback
+        self.tell("attempt_failed", step, result, attempt=step.attempts, error=feedback)
         if result.success and result.executor_type == "sub_graph":
-            standing.visit += 1  # its run is completed and was not good enough: the next attempt needs a new one
+            # Its run is completed and was not good enough: the next attempt needs a new one.
+            standing.visit += 1
+            standing.child_tokens, standing.child_cost = 0, 0.0
         self.port.problem(
             "warning", f"Step {step.id!r}: attempt {step.attempts} of {self._max_attempts(step)} again: {feedback}"
         )
@@ -399,9 +486,10 @@ class PlanRun:
         if self.session is not None:
             await self.session.attempt_failed(self._attempt_record(step, result, feedback), tuple(events))
             events.clear()
-        return backoff_seconds(
+        delay = backoff_seconds(
             self._limits.retry_delay_seconds, self._limits.retry_max_delay_seconds, step.attempts + 1, random.random()
         )
+        return delay + _asked_to_wait(result)
 
     def _attempt_record(self, step: PlanStep, result: StepExecutionResult, feedback: str) -> dict[str, Any]:
         standing = self.state.standing(step.id)
@@ -411,24 +499,33 @@ class PlanRun:
             "judgment": standing.judgment,
             "tokens": result.tokens_used,
             "latency_ms": result.latency_ms,
+            "cost": round(result.cost, 12),
+            "child_tokens": standing.child_tokens,
+            "child_cost": standing.child_cost,
             "visit": standing.visit if standing.visit > 1 else None,
         }
         return record | {name: value for name, value in optional.items() if value}
 
-    async def _fail(self, step: PlanStep, reason: str, events: list[dict[str, Any]]) -> None:
+    async def _fail(
+        self, step: PlanStep, reason: str, result: StepExecutionResult, events: list[dict[str, Any]]
+    ) -> None:
         step.status, step.error, step.completed_at = StepStatus.FAILED, reason, now()
         text = f"Step {step.id!r} failed: {reason}"
         self.port.problem("critical", text)
         self.stop(ExecutionStatus.NEEDS_REPLAN, text)
         self.gate.use_up(step)
         self.state.keep(step)
-        await self.note({"kind": "failed", "node": step.id, "error": reason}, step, events)
+        await self.note(_ended_record("failed", step, reason, result), step, events)
+        self.tell("step_failed", step, result, attempt=step.attempts, error=reason)
 
-    async def _back(self, step: PlanStep, kind: str, reason: str, events: list[dict[str, Any]]) -> None:
+    async def _back(
+        self, step: PlanStep, kind: str, reason: str, result: StepExecutionResult, events: list[dict[str, Any]]
+    ) -> None:
         """The step may run again when the run goes on; now the run ends."""
         step.status, step.error = StepStatus.PENDING, reason
         self.state.keep(step)
-        await self.note({"kind": kind, "node": step.id, "error": reason}, step, events)
+        await self.note(_ended_record(kind, step, reason, result), step, events)
+        self.tell("step_failed", step, result, attempt=step.attempts, error=reason)
 
     # --- what is committed --------------------------------------------------------------------------------------
 
@@ -441,9 +538,36 @@ class PlanRun:
         """Make durable what a resume brought, before its first step."""
         if self.session is not None:
             await self.session.note(record, (), self._progress(None), self.state.scopes)
+        self.state.take_progress()  # from here on, whatever is committed is progress
+
+    def tell(
+        self,
+        kind: RunEventKind,
+        step: PlanStep,
+        result: StepExecutionResult | None = None,
+        *,
+        attempt: int,
+        error: str | None = None,
+    ) -> None:
+        """Tell those who watch the run of a step."""
+        self.port.emit(
+            kind,
+            step=f"{step.id}#{self.state.standing(step.id).visit}",
+            node_id=step.id,
+            attempt=attempt,
+            tokens=result.tokens_used if result is not None else 0,
+            latency_ms=result.latency_ms if result is not None else 0,
+            cost=result.cost if result is not None else 0.0,
+            error=error,
+        )
 
     def _progress(self, step: PlanStep | None, run_state: RunState | None = None) -> Progress:
         return progress_of(self.state, step, self._last_step, run_state)
+
+    async def leave(self) -> None:
+        """Give the run up without an end, for the next process to go on with."""
+        if self.session is not None and not self.session.ended:
+            await self.session.leave(self._progress(None), self.state.scopes)
 
     async def end(self, run_state: RunState, error: str | None, events: Sequence[dict[str, Any]] = ()) -> None:
         """Record an ending that was not part of a step's commit."""
@@ -455,15 +579,51 @@ class PlanRun:
 def progress_of(state: PlanState, step: PlanStep | None, last_step: str, run_state: RunState | None = None) -> Progress:
     """Where a plan stands, as a checkpoint records it: counts and the step it follows, never the history."""
     ready = ready_steps(state.plan, state.earlier)
+    position: dict[str, Any] = {"steps_taken": state.steps_taken, "revision": state.plan.revision}
+    optional = {"interrupted": state.interrupted, "recoveries": state.recoveries, "children": state.children}
+    position |= {name: value for name, value in optional.items() if value}
     return Progress(
         node_id=step.id if step is not None else last_step,
         next_id=ready[0].id if ready else None,
         step_number=sum(1 for each in state.plan.steps if each.status in FINAL),
         total_tokens=state.total_tokens,
         total_latency_ms=state.total_latency_ms,
-        position={"steps_taken": state.steps_taken, "revision": state.plan.revision},
+        position=position,
         status=_CHECKPOINT_STATUS.get(run_state, CheckpointStatus.IN_PROGRESS)
         if run_state is not None
         else CheckpointStatus.IN_PROGRESS,
         steps={step.id: state.record(step)} if step is not None else {},
+        total_cost=state.total_cost,
     )
+
+
+def _spent_on(judgment: Judgment | None) -> tuple[int, float]:
+    """The tokens of a model that judged and their price in US dollars, by what the judge says of it."""
+    if judgment is None:
+        return 0, 0.0
+    tokens, cost = _positive(judgment.context.get("tokens_used")), _positive(judgment.context.get("cost"))
+    return (tokens if isinstance(tokens, int) else 0), float(cost)
+
+
+def _positive(said: object) -> int | float:
+    """A finite number above zero; 0 for whatever else somebody's own judge or worker has put there."""
+    if isinstance(said, (int, float)) and not isinstance(said, bool) and 0 < said < math.inf:
+        return said
+    return 0
+
+
+def _asked_to_wait(result: StepExecutionResult) -> float:
+    """Seconds that a provider asked to wait before the next attempt."""
+    return min(float(_positive(result.retry_after)), _RETRY_AFTER_MAX_SECONDS) if not result.success else 0.0
+
+
+def _ended_record(kind: str, step: PlanStep, reason: str, result: StepExecutionResult) -> dict[str, Any]:
+    """The log record of an attempt after which its step does not go on in this execution."""
+    record: dict[str, Any] = {"kind": kind, "node": step.id, "error": reason}
+    return {**record, "cost": round(result.cost, 12)} if result.cost else record
+
+
+def _left_behind(error: BaseException) -> str:
+    """What a worker says of work that a time limit cannot end."""
+    said = str(error.__cause__ or "")
+    return f"; {said}" if said else ""

@@ -8,14 +8,15 @@ under the same name is not stored twice: the step lists its name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from framework.graph.memory import SharedMemory
 from framework.graph.plan import ApprovalRequest, ApprovalResult, Plan, PlanStep, StepStatus
-from framework.graph.plan_planner import FINAL, canonical_step, dependents, ranks
+from framework.graph.plan_planner import FINAL, canonical_step, cut_off, dependents, ranks
+from framework.graph.plan_stale import stale_steps
 from framework.graph.references import own_copy
 from framework.schemas.checkpoint import StepRecord
 from framework.storage.checkpoints import SCOPE_MARK
@@ -39,14 +40,21 @@ class Asked:
         """What the answer is bound to."""
         return self.request.request_id or ""
 
+    def is_of(self, run_id: str) -> bool:
+        """Whether this run has asked it, not one that it was forked from."""
+        return self.request.run_id in (None, run_id)
+
 
 @dataclass(slots=True)
 class Standing:
     """What is kept of a step besides its public fields.
 
     ``visit`` counts how often it became another step or its sub-graph had to run anew, ``revision`` is the plan's at
-    completion, ``asked`` how often its approval was asked anew, ``own`` and ``shared`` its outputs: values, and names
-    whose value the context holds.
+    completion, ``cost`` is in US dollars, ``asked`` how often its approval was asked anew, ``own`` and ``shared`` its
+    outputs: values, and names whose value the context holds. ``child_tokens`` and ``child_cost`` are what failed
+    attempts have counted of its sub-graph's run, which goes on in the next one. ``interrupted`` counts attempts that a
+    crash may have cut off; ``stale`` says that it is completed, and that what its result was made from has changed
+    since.
     """
 
     visit: int = 1
@@ -55,16 +63,28 @@ class Standing:
     judgment: dict[str, Any] | None = None
     tokens: int = 0
     latency_ms: int = 0
+    cost: float = 0.0
+    child_tokens: int = 0
+    child_cost: float = 0.0
     asked: int = 0
+    interrupted: int = 0
+    stale: bool = False
     approval: Asked | None = None
     own: dict[str, Any] = field(default_factory=dict)
     shared: list[str] = field(default_factory=list)
     result_names: list[str] = field(default_factory=list)
 
+    def count_child(self, tokens: int, cost: float) -> None:
+        """Note what an attempt has counted of its sub-graph's run."""
+        self.child_tokens += tokens
+        self.child_cost = round(self.child_cost + cost, 12)
+
 
 class PlanState:
     """A plan in execution. ``plan`` is the caller's object, kept up to date; ``memory`` the context; ``stored`` the
-    scope beside it. ``earlier`` are completed steps of former revisions that the plan no longer lists."""
+    scope beside it. ``earlier`` are completed steps of former revisions that the plan no longer lists. ``recoveries``
+    counts crashes in a row with nothing committed in between, ``interrupted`` all attempts that crashes may have cut
+    off, and ``children`` is how far the runs of sub-graphs in flight were at the last of them."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -74,6 +94,10 @@ class PlanState:
         self.steps_taken = 0
         self.total_tokens = 0
         self.total_latency_ms = 0
+        self.total_cost = 0.0
+        self.recoveries = 0
+        self.interrupted = 0
+        self.children: dict[str, int] = {}
         self._standings: dict[str, Standing] = {}
         self._writers: dict[str, str] = {}
         self._ranks = ranks(plan)
@@ -128,8 +152,12 @@ class PlanState:
                 state._standings.setdefault(step_id, Standing()).revision = value.get("revision", 1)
         position = body.get("position") or {}
         state.steps_taken = position.get("steps_taken", 0)
+        state.interrupted = position.get("interrupted", 0)
+        state.recoveries = position.get("recoveries", 0)
+        state.children = dict(position.get("children", {}))
         state.total_tokens = body.get("tokens", 0)
         state.total_latency_ms = body.get("latency_ms", 0)
+        state.total_cost = body.get("cost", 0.0)
         state.plan.revision = plan_of(values).revision
         return state
 
@@ -142,10 +170,11 @@ class PlanState:
         step.started_at = plain.get("started_at")
         step.completed_at = plain.get("completed_at")
         step.result = None
-        for name in ("visit", "revision", "asked"):
+        for name in ("visit", "revision", "asked", "interrupted", "stale", "child_tokens", "child_cost"):
             setattr(standing, name, plain.get(name, getattr(standing, name)))
         standing.feedback, standing.judgment = plain.get("feedback"), plain.get("judgment")
         standing.tokens, standing.latency_ms = plain.get("tokens", 0), plain.get("latency_ms", 0)
+        standing.cost = plain.get("cost", 0.0)
         asked = kept.get(f"ask:{step.id}")
         if asked is not None:
             answer = asked.get("answer")
@@ -199,6 +228,7 @@ class PlanState:
             error=step.error,
             tokens=standing.tokens,
             latency_ms=standing.latency_ms,
+            cost=standing.cost,
         )
 
     def full_record(self, step: PlanStep) -> StepRecord:
@@ -211,6 +241,8 @@ class PlanState:
                 "feedback": standing.feedback,
                 "judgment": standing.judgment,
                 "revision": standing.revision,
+                "interrupted": standing.interrupted,
+                "stale": standing.stale,
                 "started_at": step.started_at,
                 "completed_at": step.completed_at,
                 "approval": None
@@ -254,6 +286,7 @@ class PlanState:
     def _take_outputs(self, step: PlanStep, stored: dict[str, Any], names: list[str] | None = None) -> None:
         standing = self.standing(step.id)
         standing.revision = self.plan.revision
+        standing.stale = False
         standing.own, standing.shared = {}, []
         standing.result_names = list(stored) if names is None else names
         for name, value in stored.items():
@@ -313,30 +346,67 @@ class PlanState:
                 step.status, step.attempts, step.completed_at = StepStatus.PENDING, 0, None
                 self.keep(step)
 
+    def take_crash(self, max_concurrency: int) -> list[str]:
+        """The process before ended without a word: count the attempts that it may have cut off; the steps' ids."""
+        unasked = {step.id for step in self.plan.steps if step.requires_approval and not self._is_answered(step)}
+        lost = cut_off(self.plan, max_concurrency, unasked, self.earlier)
+        self.recoveries += 1
+        self.interrupted += len(lost)
+        for step in self.plan.steps:
+            if step.id in lost:
+                self.standing(step.id).interrupted += 1
+                self.keep(step)
+        return lost
+
+    def _is_answered(self, step: PlanStep) -> bool:
+        asked = self.standing(step.id).approval
+        return asked is not None and asked.answer is not None and not asked.used
+
+    def take_progress(self) -> None:
+        """Something of the run is durable since the last crash."""
+        self.recoveries, self.children = 0, {}
+
     def take_attempt(self, record: Mapping[str, Any]) -> None:
         """Count an attempt that was recorded after the last checkpoint."""
         step = self.plan.get_step(record["step"])
+        self.take_progress()
         self.steps_taken += 1
-        self.total_tokens += record.get("tokens", 0)
-        self.total_latency_ms += record.get("latency_ms", 0)
+        tokens, latency_ms, cost = record.get("tokens", 0), record.get("latency_ms", 0), record.get("cost", 0.0)
         if step is None or step.status in FINAL:
+            self.spend(None, tokens, latency_ms, cost)
             return
         standing = self.standing(step.id)
+        self.spend(standing, tokens, latency_ms, cost)
         step.attempts, step.error = record["attempt"], record.get("error")
         standing.feedback, standing.judgment = record.get("feedback"), record.get("judgment")
         standing.visit = record.get("visit", standing.visit)
-        standing.tokens += record.get("tokens", 0)
-        standing.latency_ms += record.get("latency_ms", 0)
+        standing.child_tokens, standing.child_cost = record.get("child_tokens", 0), record.get("child_cost", 0.0)
         self.keep(step)
 
-    def revise(self, old: Plan, revision: int) -> dict[str, list[str]]:
-        """Go over from ``old`` to the plan, as its next revision, at least ``revision``. What was kept, changed,
-        added and removed, by id.
+    def spend(self, standing: Standing | None, tokens: int, latency_ms: int, cost: float) -> None:
+        """Add what an attempt took to the totals, and to its step's; ``cost`` is in US dollars.
+
+        Rounded as it is stored, so that the sum is the same whichever process adds it up.
+        """
+        self.total_tokens += tokens
+        self.total_latency_ms += latency_ms
+        self.total_cost = round(self.total_cost + cost, 12)
+        if standing is not None:
+            standing.tokens += tokens
+            standing.latency_ms += latency_ms
+            standing.cost = round(standing.cost + cost, 12)
+
+    def revise(self, old: Plan, revision: int, brought: Collection[str] = ()) -> dict[str, list[str]]:
+        """Go over from ``old`` to the plan, as its next revision, at least ``revision``, with other values under the
+        ``brought`` names of the context. What was kept, changed, added, removed, and is stale from now on, by id.
 
         A completed step stays completed when it did not change; outputs of one that was removed stay available. A
         rejected one stays rejected unless it, or a step that it needs, changed.
         """
         before = {step.id: step for step in old.steps}
+        made = {step_id: {*each.own, *each.shared} for step_id, each in self._standings.items()}
+        order = {**dict.fromkeys(self.earlier, -1), **ranks(old)}
+        again = {step.id for step in self.plan.steps if step.id not in before and step.id in made}
         self.plan.revision = max(revision, old.revision + 1)
         done: dict[str, list[str]] = {"kept": [], "changed": [], "added": [], "removed": []}
         for step in self.plan.steps:
@@ -360,8 +430,22 @@ class PlanState:
                 done["removed"].append(step_id)
                 if step_id not in self.earlier:
                     self.forget(former)
+        gone = {*done["changed"], *done["removed"], *again}
+        done["stale"] = []
+        for step_id in stale_steps(self.plan, gone, brought, made, order):
+            if not self.standing(step_id).stale:
+                self.standing(step_id).stale = True
+                done["stale"].append(step_id)
+        for step in self.plan.steps:
+            if step.id in done["stale"]:
+                self.keep(step)
         self.keep_plan()
         return done
+
+    @property
+    def stale(self) -> list[str]:
+        """Completed steps whose results are made from what has changed since, in list order."""
+        return [step.id for step in self.plan.get_completed_steps() if self.standing(step.id).stale]
 
     def _reconsider_rejections(self, redone: set[str]) -> None:
         """A rejection is of a step with its arguments: when those come from a step that changed, it is asked anew."""
@@ -397,7 +481,12 @@ class PlanState:
             "completed_at": step.completed_at,
             "tokens": standing.tokens,
             "latency_ms": standing.latency_ms,
+            "cost": standing.cost,
+            "child_tokens": standing.child_tokens,
+            "child_cost": standing.child_cost,
             "asked": standing.asked,
+            "interrupted": standing.interrupted,
+            "stale": standing.stale,
             "visit": standing.visit if standing.visit > 1 else None,
             "revision": standing.revision if standing.revision > 1 else None,
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,18 +10,20 @@ from framework.graph.edge import EdgeCondition, EdgeSpec, GraphSpec
 from framework.graph.goal import Goal
 from framework.graph.memory import SharedMemory
 from framework.graph.node_base import NodeResult, NodeSpec
+from framework.graph.spending import NOTHING, Spent
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
     """The nodes to go to, in order, and for each the values its edge maps into the state.
 
-    ``error`` says why there is no valid way.
+    ``error`` says why there is no valid way. ``spent`` is what asking a model for the way took.
     """
 
     targets: tuple[str, ...] = ()
     mapped: tuple[dict[str, Any], ...] = ()
     error: str | None = None
+    spent: Spent = NOTHING
 
 
 async def choose(
@@ -49,42 +50,26 @@ async def choose(
             return Route(error=f"Node {spec.name!r} chose {next_node!r} as next, which is not in graph {graph.id!r}.")
         return Route((next_node,), ({},))
     taken: list[EdgeSpec] = []
+    spent = NOTHING
     for edge in graph.get_outgoing_edges(spec.id):
-        if await _holds(graph, spec, edge, memory, result, llm=llm, goal=goal, on_warning=on_warning):
+        target = graph.get_node(edge.target)
+        told: dict[str, Any] = {
+            "llm": llm,
+            "goal": goal,
+            "source_node_name": spec.name,
+            "target_node_name": target.name if target is not None else edge.target,
+            "on_warning": on_warning,
+        }
+        if edge.condition is EdgeCondition.LLM_DECIDE and llm is not None:
+            holds, took = await edge.decide(result.success, result.output or {}, memory.view(), **told)
+            spent += took
+        else:
+            holds = edge.should_traverse(result.success, result.output or {}, memory.view(), **told)
+        if holds:
             taken.append(edge)
             if not (spec.fan_out and result.success):
                 break
-    return Route(tuple(edge.target for edge in taken), tuple(_map(edge, result, memory) for edge in taken))
-
-
-async def _holds(
-    graph: GraphSpec,
-    spec: NodeSpec,
-    edge: EdgeSpec,
-    memory: SharedMemory,
-    result: NodeResult,
-    *,
-    llm: Any,
-    goal: Goal,
-    on_warning: Callable[[str], None],
-) -> bool:
-    def ask() -> bool:
-        target = graph.get_node(edge.target)
-        return edge.should_traverse(
-            result.success,
-            result.output or {},
-            memory.view(),
-            llm=llm,
-            goal=goal,
-            source_node_name=spec.name,
-            target_node_name=target.name if target is not None else edge.target,
-            on_warning=on_warning,
-        )
-
-    if edge.condition is EdgeCondition.LLM_DECIDE and llm is not None:
-        # It asks a model over the network, synchronously: not on the event loop.
-        return await asyncio.to_thread(ask)
-    return ask()
+    return Route(tuple(edge.target for edge in taken), tuple(_map(edge, result, memory) for edge in taken), spent=spent)
 
 
 def _map(edge: EdgeSpec, result: NodeResult, memory: SharedMemory) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
 
+from framework._secrets import mask
 from framework.errors import CorruptData, LeaseLost, RunNotFound, StorageError
 from framework.graph.checkpoint_rules import checkpoint_id, retention_of
 from framework.graph.state_tracker import StateTracker
@@ -45,6 +46,7 @@ class Progress:
     status: CheckpointStatus = CheckpointStatus.IN_PROGRESS
     steps: Mapping[str, StepRecord] = field(default_factory=dict)
     context: Mapping[str, Any] = field(default_factory=dict)
+    total_cost: float = 0.0
 
 
 @dataclass(eq=False, slots=True)
@@ -74,7 +76,7 @@ async def wait_for(future: Future[T]) -> T:
         await _until_done(future)
     except asyncio.CancelledError:
         if future.exception() is not None:
-            logger.warning("A commit failed while its run was being cancelled: %s", future.exception())
+            logger.warning("A commit failed while its run was being cancelled: %s", mask(str(future.exception())))
         raise
     return future.result()
 
@@ -137,6 +139,11 @@ class RunCommits:
     def lost_track(self) -> bool:
         """Whether commits were refused that have not been handed over again."""
         return self._lost_track
+
+    @property
+    def ending(self) -> bool:
+        """Whether a commit that ends the session is on its way."""
+        return any(commit.state is not None for commit in self._pending)
 
     def put(self, commit: Pending) -> None:
         """Hand a commit over, or, after a refused one, keep it until that is made up for; ``settle`` sees to it."""
@@ -298,6 +305,7 @@ class RunCommits:
             step_number=progress.step_number,
             total_tokens=progress.total_tokens,
             total_latency_ms=progress.total_latency_ms,
+            total_cost=progress.total_cost,
             position=dict(progress.position),
             status=progress.status,
             steps=dict(progress.steps),

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from framework.errors import CorruptData, DefinitionChanged, ResumeError, RunExists, RunNotFound
-from framework.schemas.checkpoint import ExecutorType
+from framework.errors import CommitConflict, CorruptData, DefinitionChanged, ResumeError, RunExists, RunNotFound
+from framework.schemas.checkpoint import CheckpointStatus, ExecutorType
 from framework.schemas.run import RunState
 from framework.storage import checkpoints as stored
 from framework.storage import codec
@@ -101,12 +101,12 @@ def open_run(
             definition.accept(restored)
         if definition.check is not None and found.state is not RunState.COMPLETED:
             definition.check(restored)
-        record = storage.claim_run(new.run_id, owner, lease_seconds, is_alive)
+        try:
+            record = storage.claim_run(new.run_id, owner, lease_seconds, is_alive, restored.sequence)
+        except CommitConflict:
+            continue  # its owner committed once more in between; what was read is old
         if record.sequence != restored.sequence:
-            # Its owner committed once more in between; what was read is old.
-            if record.state is not RunState.COMPLETED:
-                storage.release_lease(record.run_id, record.token)
-            continue
+            continue  # and completed it with that
         if restored.rewinds and record.state is RunState.COMPLETED:
             listing = "; ".join(f"{item.where}: {item.problem}" for item in restored.damage[:5])
             raise ResumeError(
@@ -117,7 +117,8 @@ def open_run(
             )
         if restored.rewinds:
             storage.rewind(record.run_id, record.token, restored.checkpoint_sequence)
-        return record, replace(restored, found=record.state, error=record.error)
+        state = _as_told(record.state, restored.body, [*restored.records, *restored.later])
+        return record, replace(restored, found=state, error=record.error)
     raise ResumeError(new.run_id, f"Run {new.run_id!r} kept changing while it was being claimed; call again.")
 
 
@@ -166,6 +167,14 @@ def _refuse_change(storage: Storage, found: RunRecord, definition: Definition) -
     raise DefinitionChanged(found.run_id, changes or ["the recorded definition cannot be compared"])
 
 
+def _as_told(state: RunState, body: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> RunState:
+    """The state that a run was left in. A new fork is recorded as paused wherever it stands, but only at a checkpoint
+    that tells of a pause somebody was asked; elsewhere it goes on like a run that was stopped."""
+    forked = state is RunState.PAUSED and bool(records) and records[-1].get("kind") == "fork"
+    asked = body.get("status") == CheckpointStatus.PAUSED.value
+    return RunState.CANCELLED if forked and not asked else state
+
+
 def restore(storage: Storage, found: RunRecord) -> Restored:
     """The run at its newest readable checkpoint, or at its start when it has none.
 
@@ -204,7 +213,7 @@ def restore(storage: Storage, found: RunRecord) -> Restored:
     input_keys = header.get("input_keys") or []
     given = stored.decode_values(initial)
     return Restored(
-        found=found.state,
+        found=_as_told(found.state, body, records),
         checkpoint_id=chosen_id,
         body=body,
         values=stored.decode_values(state.values),

@@ -11,14 +11,18 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from framework import _faults
 from framework.errors import StorageError, SurefootError
+from framework.graph.cancelling import LEFT
 from framework.graph.checkpoint_rules import is_due
 from framework.graph.memory import SharedMemory
 from framework.graph.run_commits import Pending, Progress, RunCommits, wait_for
+from framework.graph.run_messages import Inbox, public
+from framework.graph.run_metadata import json_facts
 from framework.graph.run_opening import Definition, Restored, open_run
 from framework.graph.state_tracker import Staged, StateTracker
 from framework.schemas.checkpoint import CheckpointConfig
@@ -27,7 +31,7 @@ from framework.storage import codec
 from framework.storage.committer import Committer, committer_of
 from framework.storage.interface import Storage
 from framework.storage.ownership import new_owner, retire
-from framework.storage.records import NewRun, RunRecord
+from framework.storage.records import Message, NewRun, RunRecord
 
 __all__ = ["Opened", "Progress", "RunSession", "open_session", "wait_for"]
 
@@ -60,14 +64,16 @@ async def open_session(
     on_problem: Callable[[str], None],
     scopes: Mapping[str, SharedMemory] | None = None,
     parent_run_id: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Opened:
     """Start the run ``run_id``, take it over, or look up its result; durable on return.
 
     ``initial`` is a new run's state (its input included), ``scopes`` what it begins with beside that, and
-    ``parent_run_id`` the run it is a part of. ``on_problem`` is told what went wrong without ending the
-    run: damaged checkpoints passed over, commits that failed under ``on_commit_error="continue"``. Raises
-    ``RunBusy``, ``DefinitionChanged``, ``ResumeError``, ``UnstorableValue`` (nothing is recorded then),
-    ``UnknownType``, ``StorageError``.
+    ``parent_run_id`` the run it is a part of. ``metadata`` are facts about the run for whoever lists runs: JSON values,
+    recorded with a new run (in its header under "metadata") and kept for its life. ``on_problem`` is told what went
+    wrong without ending the run: damaged checkpoints passed over, commits that failed under
+    ``on_commit_error="continue"``. Raises ``RunBusy``, ``DefinitionChanged``, ``ResumeError``, ``UnstorableValue``
+    (nothing is recorded then), ``UnknownType``, ``StorageError``.
     """
     committer = committer_of(storage)
     tracker = StateTracker(definition.append_only)
@@ -81,7 +87,15 @@ async def open_session(
         goal_id=definition.goal_id,
         fingerprint=definition.fingerprint,
         definition=codec.encode(dict(definition.body), "definition"),
-        header=codec.encode({**header, "definition_id": definition.id, "input_keys": list(input_data)}, "header"),
+        header=codec.encode(
+            {
+                **header,
+                "definition_id": definition.id,
+                "input_keys": list(input_data),
+                **({"metadata": json_facts(metadata)} if metadata else {}),
+            },
+            "header",
+        ),
         chunks=staged.chunks,
         parent_run_id=parent_run_id,
     )
@@ -137,7 +151,8 @@ class RunSession:
         self._checked: tuple[Mapping[str, SharedMemory], Staged] | None = None
         self._saved_step = 0
         self._ended = False
-        committer.hold(self.run_id, self._token, config.lease_seconds)
+        self._inbox = Inbox(run.run_id, run.token)
+        committer.hold(self.run_id, self._token, config.lease_seconds, self._inbox.deliver)
 
     @property
     def checkpoint_id(self) -> str | None:
@@ -150,6 +165,40 @@ class RunSession:
         self._saved_step = int(restored.body.get("step_number") or 0)
         if restored.rewinds:
             self._records.append({"kind": "rewind", "to": restored.checkpoint_sequence})
+
+    # --- what comes from outside --------------------------------------------------------------------------------
+
+    @property
+    def cancel_requested(self) -> asyncio.Event:
+        """Set, within about a second, once ``CheckpointManager.cancel`` asked this owner of the run to stop.
+
+        An executor drives its run inside ``stoppable`` and need not look; its loop may, to stop also when a node
+        swallowed the cancellation: ``if session.cancel_requested.is_set(): raise asyncio.CancelledError``.
+        """
+        return self._inbox.cancel_requested
+
+    def stoppable(self) -> AbstractContextManager[None]:
+        """A block of the current task that a request to cancel the run stops, as ``asyncio.timeout`` does at its time.
+
+        What the block waits for is cancelled; a commit under way is finished first. Leaving the block raises
+        ``run_messages.CancelRequested`` then, and the task is not cancelled: only the run is. A cancellation of the
+        task itself passes through as ``asyncio.CancelledError``. Whoever catches ``CancelRequested`` records the ending
+        with ``end(RunState.CANCELLED, CANCELLED_ON_REQUEST, ...)``, unless ``ended_as`` says it ended before.
+        """
+        return self._inbox.stoppable()
+
+    def on_message(self, listener: Callable[[Message], None]) -> Callable[[], None]:
+        """Tell ``listener`` of each message left for the run (``Storage.send``) once, within about a second.
+
+        Those from before the run was opened, too. It is called in the event loop's thread and must not block; one that
+        raises is logged. Call the result to stop it.
+        """
+        return self._inbox.on_message(listener)
+
+    async def messages(self) -> list[Message]:
+        """All messages left for the run until now, in their order. Raises ``StorageError``."""
+        run_id = self.run_id
+        return public(await wait_for(self._committer.call(lambda storage: storage.read_messages(run_id))))
 
     # --- what a step leaves behind ------------------------------------------------------------------------------
 
@@ -240,8 +289,14 @@ class RunSession:
     ) -> None:
         """Record that the run ended without a last step (failed, cancelled, nothing left to do) and give it up.
 
-        ``progress`` and ``scopes`` are committed with it when finished steps still wait for a commit.
+        ``progress`` and ``scopes`` are committed with it when finished steps still wait for a commit. When the run's
+        last step has ended it already, that stands: see ``ended_as``.
         """
+        if self._commits.ending:
+            # The last step's commit was interrupted while it was under way: how that ended is how the run ended.
+            await self._settle(state)
+            if self._ended:
+                return
         waiting = self._commits.lost_track or any(record["kind"] == "step" for record in self._records)
         self._records.append({"kind": "end", "state": state.value, **({"error": error} if error else {})})
         self._events.extend(events)
@@ -261,6 +316,32 @@ class RunSession:
             f"The end of the run could not be recorded in {_LAST_ATTEMPTS} attempts. The store has it as crashed: when "
             "it is resumed, the steps after its last checkpoint run again."
         )
+
+    async def leave(self, progress: Progress, scopes: Mapping[str, SharedMemory], over: Iterable[str] = ()) -> None:
+        """Give the run up without an end, for the next process to go on with: see ``cancelling.LET_GO``.
+
+        Finished steps that still wait for their commit get it. The log says that the run was let go, so that this is
+        not taken for a crash. When the run's last step has ended it already, that stands. Raises ``StorageError``,
+        ``LeaseLost``; the run is given up all the same.
+        """
+        try:
+            if self._commits.ending:
+                await self._settle(RunState.CANCELLED)  # waits, as for any end: which one is in that commit
+            if not self._ended:
+                waiting = self._commits.lost_track or any(record["kind"] == "step" for record in self._records)
+                self._records.append({"kind": LEFT})
+                if waiting:
+                    self._scopes.update(scopes)
+                    self._over |= set(over)
+                self._put(progress if waiting else None)
+                await self._commits.settle(wait=True)
+        finally:
+            await self.abandon()
+
+    @property
+    def ended_as(self) -> RunState | None:
+        """The state of the durable commit that ended the run here; ``None`` before, and when it was only abandoned."""
+        return self._commits.ended
 
     @property
     def ended(self) -> bool:

@@ -11,6 +11,8 @@ from datetime import datetime
 from typing import Any, Protocol
 from uuid import uuid4
 
+from framework._secrets import mask, masked_traceback
+from framework.graph.run_events import RunEvent, RunEventKind
 from framework.schemas.run import RunStatus
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ class RuntimePort:
 
     def __init__(self, runtime: Any) -> None:
         self._runtime = runtime
+        self._run_id = ""
         self._saves: list[Callable[[], None]] = []
         self._saving: asyncio.Task[None] | None = None
 
@@ -63,6 +66,7 @@ class RuntimePort:
             started = self._runtime.start_run(**arguments)
         if run_id is None:
             run_id = started if isinstance(started, str) and started else new_run_id()
+        self._run_id = run_id
         if earlier:
             # The record of the process before is there; nobody needs to wait until it says that the run goes on.
             self._saving = self._start_saving()
@@ -76,14 +80,14 @@ class RuntimePort:
 
     async def end(self, success: bool, narrative: str, output_data: dict[str, Any], *, cancelled: bool = False) -> None:
         """End the run's record. A runtime that fails to is logged: what the run came to stands all the same."""
-        arguments: dict[str, Any] = {"success": success, "narrative": narrative, "output_data": output_data}
+        arguments: dict[str, Any] = {"success": success, "narrative": mask(narrative), "output_data": output_data}
         if cancelled and _accepts(self._runtime.end_run, "status"):
             arguments["status"] = RunStatus.CANCELLED
         with self._deferring():
             try:
                 self._runtime.end_run(**arguments)
-            except Exception:  # any runtime may be plugged in
-                logger.exception("The runtime failed to end its record of a run")
+            except Exception as error:  # any runtime may be plugged in
+                logger.error("The runtime failed to end its record of a run:\n%s", masked_traceback(error))
         await self._save()
 
     def _deferring(self) -> AbstractContextManager[Any]:
@@ -116,11 +120,23 @@ class RuntimePort:
             abandon(run_id=run_id)
 
     def problem(self, severity: str, description: str) -> None:
-        """Report a problem of the current run; a runtime that fails to is logged, with the problem."""
+        """Report a problem of the current run; a runtime that fails to is logged, with the problem.
+
+        Known secrets in the description are masked.
+        """
+        description = mask(description)
         try:
             self._runtime.report_problem(severity=severity, description=description)
-        except Exception:  # any runtime may be plugged in
-            logger.exception("The runtime failed to record the %s problem: %s", severity, description)
+        except Exception as error:  # any runtime may be plugged in
+            trace = masked_traceback(error)
+            logger.error("The runtime failed to record the %s problem: %s\n%s", severity, description, trace)
+
+    def emit(self, kind: RunEventKind, **fields: Any) -> None:
+        """Tell the runtime's listeners of something (``fields`` are those of ``RunEvent``), where there are any."""
+        if getattr(self._runtime, "has_listeners", False) is True:
+            if fields.get("error"):
+                fields["error"] = mask(str(fields["error"]))
+            self._runtime.emit(RunEvent(kind=kind, run_id=self._run_id, **fields))
 
     def decided(self, intent: str, chosen: str, reasoning: str, node_id: str) -> None:
         """Record a decision that is its own outcome, where supported."""
@@ -150,8 +166,8 @@ def _run_all(saves: Sequence[Callable[[], None]]) -> None:
     for save in saves:
         try:
             save()
-        except Exception:  # any runtime may be plugged in
-            logger.exception("The runtime failed to save its record of a run")
+        except Exception as error:  # any runtime may be plugged in
+            logger.error("The runtime failed to save its record of a run:\n%s", masked_traceback(error))
 
 
 def _accepts(function: Any, name: str) -> bool:

@@ -13,13 +13,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import signal
 import sys
+from types import ModuleType
 from typing import Any
 
 from framework.errors import CodecError, StorageError, UnstorableValue
-from framework.storage import codec
 
 if sys.platform != "win32":
     import resource
@@ -44,7 +43,10 @@ class Refused(Exception):
 
 def main() -> None:
     """Serve one request and end."""
-    import pydantic_monty  # noqa: F401 - imported before the time runs
+    import_codec()  # this and the next are imported before the time runs
+    import pydantic_monty  # noqa: F401 - only this process needs it
+
+    from framework.storage import codec  # noqa: PLC0415 - after the stand-in
 
     out = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints is no part of the reply
@@ -57,6 +59,23 @@ def main() -> None:
     except MemoryError:
         _write(out, reply("MemoryError: the value of the code, or what it was given, is too large", "code_error"))
     os._exit(0)  # nothing here is worth the time of an orderly end
+
+
+def import_codec() -> None:
+    """Import the codec without pydantic, which takes longer than all else that this process imports.
+
+    The codec only asks whether a value is a pydantic model, and no value here is: the program's classes are not known
+    in this process. The stand-in is gone again when this returns.
+    """
+    if "pydantic" in sys.modules:
+        return
+    stand_in = ModuleType("pydantic")
+    stand_in.__dict__["BaseModel"] = type("BaseModel", (), {})
+    sys.modules["pydantic"] = stand_in
+    try:
+        import framework.storage.codec  # noqa: F401, PLC0415 - for the two functions that use it
+    finally:
+        del sys.modules["pydantic"]
 
 
 def reply(
@@ -81,7 +100,9 @@ def _serve(request: dict[str, Any]) -> bytes:
     printed = monty.CollectString(MAX_STDOUT_BYTES)
     try:
         with (
-            monty.Monty(max_processes=1, request_timeout=seconds + GRACE_SECONDS) as pool,
+            monty.Monty(
+                binary_path=request["interpreter"], max_processes=1, request_timeout=seconds + GRACE_SECONDS
+            ) as pool,
             pool.checkout(
                 limits={
                     "max_feed_duration_secs": seconds,
@@ -117,7 +138,7 @@ def _read(session: Any, names: list[str]) -> dict[str, Any]:
     """The values of the variables, all at once; without those never assigned, and without functions and classes."""
     if not names:
         return {}
-    found = f"_found_{secrets.token_hex(8)}"  # a name that the code, which has run, cannot have guessed
+    found = f"_found_{os.urandom(8).hex()}"  # a name that the code, which has run, cannot have guessed
     lines = [f"try:\n    {found}[{name!r}] = {name}\nexcept NameError:\n    pass" for name in names]
     values: dict[str, Any] = session.feed_run("\n".join([f"{found} = {{}}", *lines, found]))
     # A function comes out as its text. Asked from inside, text is text and a function is not.
@@ -132,6 +153,8 @@ def _read(session: Any, names: list[str]) -> dict[str, Any]:
 
 def _encoded(values: dict[str, Any]) -> dict[str, bytes]:
     """What can be stored of the values, such as no instances of the code's own classes, as bytes."""
+    from framework.storage import codec  # noqa: PLC0415 - see import_codec
+
     encoded: dict[str, bytes] = {}
     room = MAX_RESULT_BYTES
     for name, value in values.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import json
 import re
@@ -10,7 +11,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from framework.graph.code_checks import check_code
+from framework._secrets import mask, mask_value
+from framework.errors import LLMError
+from framework.graph.calls import StepThreads, tokens_of
+from framework.graph.code_checks import needed_names
 from framework.graph.code_sandbox import CodeSandbox
 from framework.graph.json_reply import widest_braces
 from framework.graph.node_base import is_infrastructure_error
@@ -18,14 +22,23 @@ from framework.graph.plan import ActionType, PlanStep
 from framework.graph.references import call_arguments, own_copy
 from framework.graph.text import fill_placeholders, shorten, text_of
 from framework.graph.worker_errors import error_text, transient_kind
+from framework.llm.calls import ask, cost_of, method_of
 from framework.llm.provider import Tool, ToolUse
+from framework.llm.stops import stopped_short
+from framework.llm.tool_loop import paid_before
 
 _FENCE = re.compile(r"```[\w+-]*[ \t]*\r?\n?(.*?)```", re.DOTALL)
+_UNPARSED = object()
 
 
 @dataclass
 class StepExecutionResult:
-    """What one attempt of a step came to. ``error_type`` names the kind of a failure (see docs/how-to/plans.md)."""
+    """What one attempt of a step came to. ``error_type`` names the kind of a failure (see docs/how-to/plans.md).
+
+    ``cost`` is what models took, in US dollars, as far as prices are known. ``transient`` is what the provider's error
+    says of itself, ``None`` for any other: ``False`` means that the same work will be refused each time.
+    ``retry_after`` is how many seconds the provider asks to wait before the next attempt.
+    """
 
     success: bool
     outputs: dict[str, Any] = field(default_factory=dict)
@@ -34,18 +47,24 @@ class StepExecutionResult:
     tokens_used: int = 0
     latency_ms: int = 0
     executor_type: str = ""
+    cost: float = 0.0
+    transient: bool | None = None
+    retry_after: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptInfo:
     """What an attempt may know besides the step: ``feedback`` of the judge on the attempt before, a key that is the
-    same for every attempt of the step in every process, and the run ids of the plan and of a sub-graph's run."""
+    same for every attempt of the step in every process, and the run ids of the plan and of a sub-graph's run, with what
+    the attempts before have counted of the tokens and dollars of that."""
 
     number: int = 1
     feedback: str | None = None
     idempotency_key: str = ""
     run_id: str | None = None
     child_run_id: str | None = None
+    child_tokens: int = 0
+    child_cost: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +87,7 @@ class Resources:
     sub_graph_executor: Callable[..., Any] | None = None
     sub_graphs: dict[str, SubGraph] = field(default_factory=dict)
     sandbox: CodeSandbox = field(default_factory=CodeSandbox)
+    threads: StepThreads = field(default_factory=StepThreads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +102,26 @@ class Work:
 
 
 def failure(error: str, error_type: str, executor_type: str) -> StepExecutionResult:
-    """A failed result."""
-    return StepExecutionResult(False, error=error, error_type=error_type, executor_type=executor_type)
+    """A failed result; known secrets in ``error`` are masked."""
+    return StepExecutionResult(False, error=mask(error), error_type=error_type, executor_type=executor_type)
 
 
 def raised(error: Exception, otherwise: str, executor_type: str) -> StepExecutionResult:
     """The failed result that an exception means. Errors of the run's own store are raised again instead."""
     if is_infrastructure_error(error):
         raise error
-    return failure(error_text(error), transient_kind(error) or otherwise, executor_type)
+    return failure_of(error, otherwise, executor_type)
+
+
+def failure_of(error: Exception, otherwise: str, executor_type: str) -> StepExecutionResult:
+    """The failed result that an exception means, whatever it is, with what a model's finished calls before it took."""
+    result = failure(error_text(error), transient_kind(error) or otherwise, executor_type)
+    if isinstance(error, LLMError):
+        result.transient, result.retry_after = error.transient, error.retry_after
+    paid = paid_before(error)
+    if paid is not None:
+        result.tokens_used, result.cost = tokens_of(paid), cost_of(paid)
+    return result
 
 
 def parse_llm_json_response(text: object) -> tuple[Any | None, str]:
@@ -103,49 +134,84 @@ def parse_llm_json_response(text: object) -> tuple[Any | None, str]:
     spans = [span for span in (widest_braces(text), widest_braces(text, "[", "]")) if span is not None]
     candidates = [*_FENCE.findall(text), text, *sorted(spans, key=len, reverse=True)]
     for candidate in candidates:
-        try:
-            return json.loads(candidate), candidate.strip()
-        except (ValueError, RecursionError):
-            continue
+        parsed = _loaded(candidate)
+        if parsed is not _UNPARSED:
+            return parsed, candidate.strip()
     return None, text.strip()
 
 
-async def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function, async or not. One that is not runs in a thread, so that it blocks no other step and a time
-    limit can end the wait for it; the thread itself ends with its call."""
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
-        return await function(*args, **kwargs)
-    value = await asyncio.to_thread(function, *args, **kwargs)
-    return await value if inspect.isawaitable(value) else value
+def _loaded(text: str) -> Any:
+    """The JSON value that ``text`` is, or ``_UNPARSED``."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return _UNPARSED
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+async def _call(resources: Resources, work: Work, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call what does the step's work, with arguments of its own: this may wait for the thread of an earlier attempt."""
+    key = None if work.info.run_id is None else (work.info.run_id, work.step.id)
+    return await resources.threads.call(key, function, *args, **kwargs)
 
 
 # --- the actions ------------------------------------------------------------------------------------------------------
 
 
 async def llm_call(resources: Resources, work: Work) -> StepExecutionResult:
-    """Ask the model; the JSON in its reply is the result, else the reply itself."""
+    """Ask the model, or the one that the action names where the provider takes one; the JSON in its reply is the
+    result, else the reply itself."""
     action = work.step.action
     if resources.llm is None:
         return failure("LLM not available: give the executor an llm", "configuration", "llm_call")
     if not action.prompt:
         return failure("The action has no prompt", "invalid_action", "llm_call")
     try:
-        response = await call(
-            resources.llm.complete,
+        response = await ask(
+            _StepModel(resources, work),
             messages=[{"role": "user", "content": _prompt(action.prompt, work)}],
             system=action.system_prompt,
+            model=action.model,
         )
     except Exception as error:  # noqa: BLE001 - becomes the failed result, or is raised again there
         return raised(error, "llm_error", "llm_call")
-    counts = (getattr(response, "input_tokens", 0), getattr(response, "output_tokens", 0))
     parsed, _ = parse_llm_json_response(response.content)
     result = parsed if parsed is not None else response.content
-    return StepExecutionResult(
+    done = StepExecutionResult(
         True,
         outputs={"result": result, "response": response.content, "parsed_json": parsed},
-        tokens_used=sum(count for count in counts if isinstance(count, int)),
+        tokens_used=tokens_of(response),
         executor_type="llm_call",
+        cost=cost_of(response),
     )
+    short = stopped_short(response)
+    said = shorten(str(response.content), 120)
+    if short == "refusal":
+        done.error = f"The model, or its provider's filter, refused to answer ({response.stop_reason}): {said}"
+        done.transient = False  # the same question would be refused again
+    elif short == "length" and parsed is None and str(response.content).lstrip().startswith(("{", "[", "```")):
+        done.error = f"The JSON of the reply was cut off at the model's limit ({response.stop_reason}): {said}"
+    if done.error is not None:
+        done.success, done.error_type, done.outputs = False, "llm_error", {}
+    return done
+
+
+class _StepModel:
+    """The executor's model as ``ask`` sees it: what it takes is the same, but what is not async runs in the step's own
+    thread, for whose end the step's next attempt waits."""
+
+    def __init__(self, resources: Resources, work: Work) -> None:
+        method = method_of(resources.llm)
+
+        @functools.wraps(method, assigned=(), updated=())  # which keywords it takes is read from its signature
+        async def complete(**keywords: Any) -> Any:
+            return await _call(resources, work, method, **keywords)
+
+        self.complete = complete
+        self.supports_model = getattr(resources.llm, "supports_model", False)
 
 
 def _prompt(prompt: str, work: Work) -> str:
@@ -166,53 +232,52 @@ async def tool_use(resources: Resources, work: Work) -> StepExecutionResult:
     name = work.step.action.tool_name
     if not name:
         return failure("The action has no tool_name", "invalid_action", "tool_use")
-    args = _arguments(work.step.action.tool_args, work)
+    args = call_arguments(work.step.action.tool_args, work.inputs, work.context, work.outputs)
     if name in resources.functions:
-        return await _tool_function(resources.functions[name], name, args, work)
+        return await _tool_function(resources, name, args, work)
     if name not in resources.tools:
         known = ", ".join(sorted({*resources.tools, *resources.functions})) or "none"
         return failure(f"There is no tool {name!r}; known: {known}", "missing_tool", "tool_use")
     if resources.tool_executor is None:
         return failure(f"Tool {name!r} cannot be used: no tool_executor was given", "configuration", "tool_use")
     try:
-        answer = await call(resources.tool_executor, ToolUse(id=f"step_{name}", name=name, input=args))
+        use = ToolUse(id=f"step_{name}", name=name, input=args)
+        answer = await _call(resources, work, resources.tool_executor, use)
     except Exception as error:  # noqa: BLE001 - becomes the failed result, or is raised again there
         return raised(error, "tool_exception", "tool_use")
-    content = getattr(answer, "content", answer)
+    content = mask_value(getattr(answer, "content", answer))
     if getattr(answer, "is_error", False) is True:
         return failure(text_of(content), "tool_error", "tool_use")
     outputs: dict[str, Any] = {"result": content}
-    if isinstance(content, str):
-        try:
-            spread = json.loads(content)
-        except (ValueError, RecursionError):
-            spread = None
-        if isinstance(spread, dict):
-            outputs = {**outputs, **spread}
+    if isinstance(content, str) and isinstance(spread := _loaded(content), dict):
+        outputs = {**outputs, **spread}
     return StepExecutionResult(True, outputs=outputs, executor_type="tool_use")
 
 
-async def _tool_function(
-    function: Callable[..., Any], name: str, args: dict[str, Any], work: Work
-) -> StepExecutionResult:
-    given, problem = _bind(function, name, args, work.info)
+async def _tool_function(resources: Resources, name: str, args: dict[str, Any], work: Work) -> StepExecutionResult:
+    known = resources.functions[name]
+    given, problem = _bind(known, name, args, work.info)
     if problem is not None:
         return failure(problem, "invalid_action", "tool_use")
     try:
-        value = await call(function, **given)
+        value = await _call(resources, work, known, **given)
     except Exception as error:  # noqa: BLE001 - becomes the failed result, or is raised again there
         return raised(error, "tool_exception", "tool_use")
-    if isinstance(value, dict) and "success" in value:
-        success = bool(value["success"])
-        outputs = value.get("outputs", {})
-        return StepExecutionResult(
-            success,
-            outputs=outputs if isinstance(outputs, dict) else {"result": outputs},
-            error=value.get("error"),
-            error_type=value.get("error_type") or (None if success else "tool_error"),
-            executor_type="tool_use",
-        )
-    return StepExecutionResult(True, outputs={"result": value}, executor_type="tool_use")
+    value = mask_value(value)
+    if not (isinstance(value, dict) and "success" in value):
+        return StepExecutionResult(True, outputs={"result": value}, executor_type="tool_use")
+    # One that says nothing of "outputs" has them beside "success", and they are not to be lost.
+    beside = {key: item for key, item in value.items() if key not in ("success", "error", "error_type")}
+    outputs = value.get("outputs", beside)
+    result = StepExecutionResult(
+        bool(value["success"]),
+        outputs=outputs if isinstance(outputs, dict) else {"result": outputs},
+        executor_type="tool_use",
+    )
+    if not result.success:
+        result.error = text_of(value.get("error") or f"Tool {name!r} failed and did not say why")
+        result.error_type = text_of(value.get("error_type") or "tool_error")
+    return result
 
 
 async def function(resources: Resources, work: Work) -> StepExecutionResult:
@@ -224,11 +289,12 @@ async def function(resources: Resources, work: Work) -> StepExecutionResult:
     if known is None:
         problem = f"Function {name!r} is not registered; call register_function({name!r}, ...)"
         return failure(problem, "missing_function", "function")
-    given, problem_ = _bind(known, name, _arguments(work.step.action.function_args, work), work.info)
+    args = call_arguments(work.step.action.function_args, work.inputs, work.context, work.outputs)
+    given, problem_ = _bind(known, name, args, work.info)
     if problem_ is not None:
         return failure(problem_, "invalid_action", "function")
     try:
-        value = await call(known, **given)
+        value = await _call(resources, work, known, **given)
     except Exception as error:  # noqa: BLE001 - becomes the failed result, or is raised again there
         return raised(error, "function_exception", "function")
     return StepExecutionResult(True, outputs={"result": value}, executor_type="function")
@@ -247,30 +313,41 @@ async def sub_graph(resources: Resources, work: Work) -> StepExecutionResult:
         return failure(problem, "configuration", "sub_graph")
     try:
         if registered is not None:
-            # A task of its own, so that what the runtime takes as the current run is not mixed up.
-            outcome = await asyncio.create_task(_child(registered, work))
+            outcome = await _call(resources, work, _child, registered, work)
         else:
             assert resources.sub_graph_executor is not None
-            outcome = await call(resources.sub_graph_executor, graph_id, work.inputs, _copied(work.context))
+            given = (graph_id, work.inputs, _copied(work.context))
+            outcome = await _call(resources, work, resources.sub_graph_executor, *given)
     except Exception as error:  # noqa: BLE001 - a lost lease or a broken store is the child's, not this run's
-        return failure(error_text(error), transient_kind(error) or "sub_graph_exception", "sub_graph")
+        return failure_of(error, "sub_graph_exception", "sub_graph")
     paused_at = getattr(outcome, "paused_at", None)
-    why: str | None = getattr(outcome, "error", None)
+    why: object = getattr(outcome, "error", None)
     success = bool(outcome.success)
     if isinstance(paused_at, str):
         child = getattr(outcome, "run_id", None)
         why, success = f"Run {child!r} of graph {graph_id!r} waits at {paused_at!r}; answer it, then resume", False
-    return StepExecutionResult(
-        success,
-        outputs=dict(outcome.output or {}) if success else {},
-        error=why if not success else None,
-        error_type=None if success else (SUB_GRAPH_PAUSED if isinstance(paused_at, str) else "sub_graph_error"),
-        tokens_used=int(getattr(outcome, "total_tokens", 0) or 0),
-        executor_type="sub_graph",
-    )
+    tokens, cost = _newly_spent(outcome, work.info)
+    if not success:
+        kind = SUB_GRAPH_PAUSED if isinstance(paused_at, str) else "sub_graph_error"
+        result = failure(text_of(why or f"Graph {graph_id!r} failed and did not say why"), kind, "sub_graph")
+        result.tokens_used, result.cost = tokens, cost
+        return result
+    output = outcome.output or {}
+    outputs = dict(output) if isinstance(output, Mapping) else {"result": output}
+    return StepExecutionResult(True, outputs=outputs, tokens_used=tokens, executor_type="sub_graph", cost=cost)
 
 
 SUB_GRAPH_PAUSED = "sub_graph_paused"
+
+
+def _newly_spent(outcome: Any, info: AttemptInfo) -> tuple[int, float]:
+    """The tokens and dollars of a graph's run, without those that earlier attempts of the step have counted: a run that
+    went on says what it took from its beginning."""
+    tokens, cost = int(getattr(outcome, "total_tokens", 0) or 0), getattr(outcome, "total_cost", 0.0)
+    cost = float(cost) if isinstance(cost, (int, float)) else 0.0
+    if not isinstance(getattr(outcome, "resumed_from", None), str):
+        return tokens, cost
+    return max(0, tokens - info.child_tokens), max(0.0, round(cost - info.child_cost, 12))
 
 
 def _copied(context: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,7 +358,9 @@ async def _child(registered: SubGraph, work: Work) -> Any:
     ids: dict[str, Any] = {}
     if work.info.child_run_id is not None:
         ids = {"run_id": work.info.child_run_id, "parent_run_id": work.info.run_id}
-    return await registered.executor.execute(registered.graph, registered.goal, dict(work.inputs), **ids)
+    child = registered.executor.execute(registered.graph, registered.goal, dict(work.inputs), **ids)
+    # A task of its own, so that what the runtime takes as the current run is not mixed up.
+    return await asyncio.create_task(child)
 
 
 async def code_execution(resources: Resources, work: Work) -> StepExecutionResult:
@@ -295,10 +374,10 @@ async def code_execution(resources: Resources, work: Work) -> StepExecutionResul
         )
     # Only what the code needs is taken from the context: that may hold values which no code can be given, and names
     # that an earlier run of this very step left, which are not inputs.
-    needed = check_code(action.code, allowed=resources.sandbox.safe_builtins).needed
-    offered = {"feedback": work.info.feedback} if work.info.feedback else {}
+    needed = needed_names(action.code)
+    offered = {"feedback": work.info.feedback} if work.info.feedback and "feedback" in needed else {}
     inputs = {**offered, **{name: work.context[name] for name in needed if name in work.context}, **work.inputs}
-    result = await asyncio.to_thread(resources.sandbox.execute, action.code, inputs)
+    result = await _call(resources, work, resources.sandbox.execute, action.code, inputs)
     if not result.success:
         kind = result.error_type or "code_error"
         return failure(result.error or "the code failed", kind, "code_execution")
@@ -317,10 +396,6 @@ ACTIONS: Mapping[ActionType, Callable[[Resources, Work], Awaitable[StepExecution
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
-
-
-def _arguments(declared: Mapping[str, Any], work: Work) -> dict[str, Any]:
-    return call_arguments(declared, work.inputs, work.context, work.outputs)
 
 
 def _bind(

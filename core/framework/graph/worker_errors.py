@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 
+from framework._secrets import mask_error
+from framework.errors import LLMError
+
 RATE_LIMIT = "rate_limit"
 TIMEOUT = "timeout"
 CONNECTION = "connection_error"
@@ -31,6 +34,8 @@ _UNREACHABLE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN,
 
 def transient_kind(error: BaseException) -> str | None:
     """``timeout``, ``rate_limit`` or ``connection_error`` when ``error`` is likely to pass by itself, else ``None``."""
+    if isinstance(error, LLMError):
+        return error.kind if error.transient else None
     response = getattr(error, "response", None)
     for holder in (error, response):
         for attribute in ("status_code", "status", "code"):
@@ -48,5 +53,5 @@ def transient_kind(error: BaseException) -> str | None:
 
 
 def error_text(error: BaseException) -> str:
-    """The error's message, or its type when it has none."""
-    return str(error) or type(error).__name__
+    """The error's message, or its type when it has none, with known secrets masked."""
+    return mask_error(error)

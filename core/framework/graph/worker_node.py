@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from framework._secrets import masked_traceback
 from framework.graph.code_sandbox import CodeSandbox
+from framework.graph.node_base import is_infrastructure_error
 from framework.graph.plan import PlanStep
 from framework.graph.references import MissingReference, resolve
 from framework.graph.text import shorten, summary_of
@@ -22,6 +25,8 @@ from framework.graph.worker_actions import (
     raised,
 )
 from framework.llm.provider import Tool
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["AttemptInfo", "StepExecutionResult", "WorkerNode", "parse_llm_json_response", "tools_by_name"]
 
@@ -106,7 +111,9 @@ class WorkerNode:
         """One attempt of ``step``; a failed result for whatever goes wrong, an exception only for the run's own store.
 
         ``context`` holds names, ``outputs`` the outputs of finished steps by step id; neither is changed, and what
-        the work is given of them are copies. ``info`` is what the attempt may know besides.
+        the work is given of them are copies. ``info`` is what the attempt may know besides. When this is cancelled,
+        as by a time limit, a thread that does the work goes on; the next attempt of the step in ``info.run_id`` by this
+        worker begins once it has ended, and the text of the ``asyncio.CancelledError`` tells what is waited for.
         """
         kind = step.action.action_type
         info = info if info is not None else AttemptInfo()
@@ -117,40 +124,54 @@ class WorkerNode:
             inputs = resolve(step.inputs, context, outputs)
             result = await ACTIONS[kind](self.resources, Work(step, inputs, context, outputs, info))
         except MissingReference as error:
-            result = failure(str(error), "missing_data", kind.value)
+            result = failure(error.at_step(step.id), "missing_data", kind.value)
         except Exception as error:  # noqa: BLE001 - becomes the failed result, or is raised again there
             result = raised(error, "exception", kind.value)
         result.latency_ms = int((time.perf_counter() - started) * 1000)
-        self._record(decision_id, result)
+        self._record(step, decision_id, result)
         return result
 
     def _decide(self, step: PlanStep, info: AttemptInfo) -> Any:
+        """The id of the recorded decision; ``None`` when it could not be recorded."""
         decide = getattr(self.runtime, "decide", None)
         if decide is None:
             return ""
         kind = step.action.action_type.value
-        return decide(
-            intent=f"Execute plan step {step.id}: {shorten(step.description, 120)}",
-            options=[{"id": kind, "description": f"Do it by {kind}", "action_type": kind}],
-            chosen=kind,
-            reasoning=f"The plan says so; attempt {info.number}",
-            node_id=step.id,
-        )
+        try:
+            return decide(
+                intent=f"Execute plan step {step.id}: {shorten(step.description, 120)}",
+                options=[{"id": kind, "description": f"Do it by {kind}", "action_type": kind}],
+                chosen=kind,
+                reasoning=f"The plan says so; attempt {info.number}",
+                node_id=step.id,
+            )
+        except Exception as error:  # a runtime may raise anything, and the step does not depend on it
+            if is_infrastructure_error(error):
+                raise
+            trace = masked_traceback(error)
+            logger.warning("The decision to run step %r could not be recorded:\n%s", step.id, trace)
+            return None
 
-    def _record(self, decision_id: Any, result: StepExecutionResult) -> None:
+    def _record(self, step: PlanStep, decision_id: Any, result: StepExecutionResult) -> None:
         record = getattr(self.runtime, "record_outcome", None)
-        if record is None:
+        if record is None or decision_id is None:
             return
-        short = shorten("; ".join(f"{key} = {summary_of(value, 60)}" for key, value in result.outputs.items()))
-        record(
-            decision_id=decision_id,
-            success=result.success,
-            result=short or None,
-            error=shorten(result.error) if result.error else None,
-            summary=short,
-            tokens_used=result.tokens_used,
-            latency_ms=result.latency_ms,
-        )
+        try:
+            short = shorten("; ".join(f"{key} = {summary_of(value, 60)}" for key, value in result.outputs.items()))
+            record(
+                decision_id=decision_id,
+                success=result.success,
+                result=short or None,
+                error=shorten(result.error) if result.error else None,
+                summary=short,
+                tokens_used=result.tokens_used,
+                latency_ms=result.latency_ms,
+            )
+        except Exception as error:  # the work is done and paid for: a note that fails must not undo it
+            if is_infrastructure_error(error):
+                raise
+            trace = masked_traceback(error)
+            logger.warning("The outcome of step %r could not be recorded; it is kept:\n%s", step.id, trace)
 
 
 def tools_by_name(tools: Mapping[str, Tool] | Iterable[Tool] | None) -> dict[str, Tool]:

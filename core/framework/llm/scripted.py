@@ -5,18 +5,27 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from framework.errors import SurefootError
 from framework.llm.provider import LLMProvider, LLMResponse, Message, Tool, ToolExecutor, ToolUse
+from framework.llm.tool_loop import Conversation, Turn, talk
 
 Reply: TypeAlias = str | LLMResponse | ToolUse | Sequence[ToolUse] | Exception
 """Text, a ready response, one or more tool calls, or an exception to raise."""
 
-Script: TypeAlias = Sequence[Reply] | Callable[[list[Message], str | None, list[Tool]], Reply]
-"""Replies in order, or a function of ``(messages, system, tools)`` that returns the next one."""
+Script: TypeAlias = (
+    Sequence[Reply] | Mapping[str, Reply | Sequence[Reply]] | Callable[[list[Message], str | None, list[Tool]], Reply]
+)
+"""Replies in order; or a mapping from a text that the question holds to its reply; or a function of
+``(messages, system, tools)`` that returns the next reply.
+
+The replies of a mapping and of a pure function depend on nothing but the request, so a run that is resumed by another
+process gets the same ones. In a mapping, the first key found in the system prompt or the first message counts; a list
+with other things than tool calls in it is one reply per turn of the tool loop: ``[ToolUse(...), "done"]``.
+"""
 
 
 class ScriptExhausted(SurefootError, LookupError):
@@ -40,7 +49,7 @@ class ScriptedCall:
 class ScriptedLLM(LLMProvider):
     """A provider that needs no network. Thread-safe; concurrent calls take the script's replies as they come.
 
-    ``script`` is a list of replies or a function (see `Script`). ``usd_per_million_input_tokens`` and
+    ``script`` is a list of replies, a mapping or a function (see `Script`). ``usd_per_million_input_tokens`` and
     ``usd_per_million_output_tokens`` are invented prices. ``ledger`` is told about each call once it is answered and
     before the caller has it, so a count outside this process misses none. ``delay_seconds`` is slept, blocking, per
     call. ``calls``, ``input_tokens``, ``output_tokens`` and ``cost_usd`` are totals over all answered calls.
@@ -60,7 +69,7 @@ class ScriptedLLM(LLMProvider):
         self.calls = 0
         self.input_tokens = 0
         self.output_tokens = 0
-        self._script = script if callable(script) else list(script)
+        self._script = script if callable(script) or isinstance(script, Mapping) else list(script)
         self._prices = (usd_per_million_input_tokens / 1e6, usd_per_million_output_tokens / 1e6)
         self._ledger = ledger
         self._delay_seconds = delay_seconds
@@ -98,29 +107,12 @@ class ScriptedLLM(LLMProvider):
 
         Raises what `complete` and ``tool_executor`` raise.
         """
-        talk = list(messages)
-        input_tokens = output_tokens = 0
-        for _ in range(max_iterations):
-            response, uses = self._turn(talk, system, list(tools))
-            input_tokens += response.input_tokens
-            output_tokens += response.output_tokens
-            if not uses:
-                return LLMResponse(
-                    content=response.content,
-                    model=response.model,
-                    input_tokens=input_tokens,
-                    output_tokens=output_tokens,
-                    stop_reason=response.stop_reason,
-                    raw_response=response.raw_response,
-                )
-            talk = [*talk, _asked(uses), _answered(uses, tool_executor)]
-        return LLMResponse(
-            content=f"Stopped after {max_iterations} calls that all asked for tools.",
-            model=self.model,
-            input_tokens=input_tokens,
-            output_tokens=output_tokens,
-            stop_reason="max_iterations",
-        )
+
+        def ask(talked: list[Message]) -> Turn:
+            response, uses = self._turn(talked, system, list(tools))
+            return Turn(response, uses)
+
+        return talk(Conversation(messages, self.model, max_iterations, tools), ask, tool_executor)
 
     def _turn(
         self, messages: list[Message], system: str | None, tools: list[Tool]
@@ -145,12 +137,15 @@ class ScriptedLLM(LLMProvider):
                 stop_reason="tool_use" if uses else "end_turn",
                 raw_response=list(uses) if uses else None,
             )
+            response.cost = self._cost(response.input_tokens, response.output_tokens)
         self._count(messages, system, response, uses)
         return response, uses
 
     def _next_reply(self, messages: list[Message], system: str | None, tools: list[Tool]) -> Reply:
         if callable(self._script):
             return self._script(messages, system, tools)
+        if isinstance(self._script, Mapping):
+            return self._reply_to(self._script, messages, system)
         with self._lock:
             number, self._taken = self._taken, self._taken + 1
         if number >= len(self._script):
@@ -159,6 +154,28 @@ class ScriptedLLM(LLMProvider):
                 "replies. Add replies, or pass a function that answers any call."
             )
         return self._script[number]
+
+    def _reply_to(
+        self, script: Mapping[str, Reply | Sequence[Reply]], messages: list[Message], system: str | None
+    ) -> Reply:
+        asked = f"{system or ''}\n{messages[0].get('content') if messages else ''}"
+        key = next((key for key in script if key in asked), None)
+        if key is None:
+            raise ScriptExhausted(
+                f"ScriptedLLM {self.model!r} has no reply to {asked.strip()[:120]!r}; its script knows: "
+                f'{list(script)}. Add the key "" for any other question.'
+            )
+        reply = script[key]
+        if isinstance(reply, (str, LLMResponse, ToolUse, Exception)):
+            return reply
+        if all(isinstance(each, ToolUse) for each in reply):
+            return cast(Sequence[ToolUse], reply)
+        turn = sum(message["role"] == "assistant" for message in messages)
+        if turn >= len(reply):
+            raise ScriptExhausted(
+                f"ScriptedLLM {self.model!r} was asked for turn {turn + 1} of {key!r}, but its script has {len(reply)}."
+            )
+        return cast(Reply, reply[turn])
 
     def _count(
         self, messages: list[Message], system: str | None, response: LLMResponse, uses: tuple[ToolUse, ...]
@@ -189,22 +206,3 @@ def _tokens(value: Any) -> int:
     """An estimate that is the same everywhere: words, plus one for every six characters of the longer ones."""
     text = value if isinstance(value, str) else json.dumps(value, default=str, sort_keys=True)
     return sum(1 + (len(word) - 1) // 6 for word in text.split())
-
-
-def _asked(uses: tuple[ToolUse, ...]) -> Message:
-    calls = [{"type": "tool_use", "id": use.id, "name": use.name, "input": use.input} for use in uses]
-    return {"role": "assistant", "content": calls}
-
-
-def _answered(uses: tuple[ToolUse, ...], tool_executor: ToolExecutor) -> Message:
-    results = [tool_executor(use) for use in uses]
-    content = [
-        {
-            "type": "tool_result",
-            "tool_use_id": result.tool_use_id,
-            "content": result.content,
-            "is_error": result.is_error,
-        }
-        for result in results
-    ]
-    return {"role": "user", "content": content}

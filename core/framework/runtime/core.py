@@ -22,7 +22,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
+from framework._secrets import mask, mask_error, masked_traceback
 from framework.errors import CodecError, StorageError
+from framework.graph.run_events import RunEvent
+from framework.runtime.events import EventHub
 from framework.schemas.decision import Decision, DecisionType, Option, Outcome
 from framework.schemas.run import Run, RunStatus
 from framework.storage.backend import FileStorage, Storage
@@ -103,6 +106,7 @@ class Runtime:
         self._identity = weakref.ref(self)
         self._active: dict[str, _ActiveRun] = {}
         self._lock = threading.RLock()
+        self._events = EventHub()
 
     @property
     def storage(self) -> Storage:
@@ -115,6 +119,24 @@ class Runtime:
         with self._lock:
             active = self._current()
             return None if active is None else self._whole(active)
+
+    # --- those who watch --------------------------------------------------------------------------------------------
+
+    def add_listener(self, callback: Callable[[RunEvent], None]) -> Callable[[], None]:
+        """Call ``callback`` with each event of every run on this runtime; what is returned stops that when called.
+
+        It is called in the thread that runs the executor and must not block. What it raises is logged.
+        """
+        return self._events.add(callback)
+
+    @property
+    def has_listeners(self) -> bool:
+        """Whether anybody watches: without, nothing is told."""
+        return self._events.watched
+
+    def emit(self, event: RunEvent) -> None:
+        """Tell every listener."""
+        self._events.emit(event)
 
     # --- runs -----------------------------------------------------------------------------------------------------
 
@@ -486,7 +508,7 @@ class Runtime:
                 self._storage.save_run(degraded)
         except Exception as error:  # any storage may be plugged in, and the caller's run goes on without its document
             what = f"The document of run {run.id!r} was not saved: {_described(error)}"
-            logger.warning("%s", what, exc_info=True)
+            logger.warning("%s\n%s", what, masked_traceback(error))
             fix = "Check the storage; the document is saved again at the end."
             with self._lock:
                 whole.add_problem("warning", what, suggested_fix=fix)
@@ -501,7 +523,7 @@ def _no_run(run_id: str | None) -> str:
 
 
 def _described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {mask_error(error)}"
 
 
 def _listed(entries: Sequence[str]) -> str:
@@ -609,10 +631,11 @@ def _key(key: Any) -> str:
 
 
 def _text(value: object) -> str:
-    """``value`` as text (an error passed as a description must not fail the report), ``None`` as "". Lone surrogates,
-    which no UTF-8 file can hold, are written as escapes."""
+    """``value`` as text (an error passed as a description must not fail the report), ``None`` as "". Known secrets are
+    masked. Lone surrogates, which no UTF-8 file can hold, are written as escapes."""
     if not isinstance(value, str):
         value = "" if value is None else str(value)
+    value = mask(value)
     if value.isascii():
         return str.__str__(value)
     return value.encode("utf-8", "backslashreplace").decode("utf-8")

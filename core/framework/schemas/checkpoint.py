@@ -76,6 +76,7 @@ class StepRecord(BaseModel):
     error: str | None = None
     tokens: int = 0
     latency_ms: int = 0
+    cost: float = 0.0
 
 
 class CheckpointMetadata(BaseModel):
@@ -91,6 +92,7 @@ class CheckpointMetadata(BaseModel):
     step_number: int
     total_tokens: int
     total_latency_ms: int
+    total_cost: float = 0.0
     sequence: int = 0
     status: CheckpointStatus = CheckpointStatus.IN_PROGRESS
 
@@ -116,6 +118,7 @@ class Checkpoint(BaseModel):
     step_number: int = 0
     total_tokens: int = 0
     total_latency_ms: int = 0
+    total_cost: float = Field(default=0.0, description="US dollars, as far as prices are known.")
     context: dict[str, Any] = Field(default_factory=dict)
 
     format_version: int = FORMAT_VERSION
@@ -148,6 +151,7 @@ class Checkpoint(BaseModel):
             step_number=self.step_number,
             total_tokens=self.total_tokens,
             total_latency_ms=self.total_latency_ms,
+            total_cost=self.total_cost,
             sequence=self.sequence,
             status=self.status,
         )

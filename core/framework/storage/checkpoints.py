@@ -57,6 +57,7 @@ def body_of(checkpoint: Checkpoint, *, digest: str, path: Sequence[str] | None =
         "context": checkpoint.context or None,
         "steps": {key: record.model_dump() for key, record in checkpoint.steps.items()} or None,
         "extra": checkpoint.model_extra or None,
+        "cost": round(checkpoint.total_cost, 12) or None,
         "path": list(path) if path else None,
     }
     body.update((key, value) for key, value in optional.items() if value is not None)
@@ -97,6 +98,7 @@ def metadata(run_id: str, row: CheckpointRow) -> CheckpointMetadata:
         step_number=body.get("step_number"),
         total_tokens=body.get("tokens"),
         total_latency_ms=body.get("latency_ms"),
+        total_cost=body.get("cost", 0.0),
         sequence=row.sequence,
         status=body.get("status", CheckpointStatus.IN_PROGRESS),
     )
@@ -283,6 +285,7 @@ def build_checkpoint(
         step_number=body.get("step_number"),
         total_tokens=body.get("tokens"),
         total_latency_ms=body.get("latency_ms"),
+        total_cost=body.get("cost", 0.0),
         context=body.get("context", {}),
         format_version=body["v"],
         sequence=row.sequence,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from framework.errors import InvalidId, StorageError
+from framework.errors import CommitConflict, InvalidId, StorageError
 from framework.schemas.run import RunState
 from framework.storage.chunks import Chunk
-from framework.storage.records import Commit, NewRun
+from framework.storage.records import Commit, NewRun, RunRecord
 
 MAX_RUN_ID = 255
 MAX_KEY = 1_000
@@ -47,6 +47,11 @@ def check_index_key(value: object, what: str) -> str:
     return text
 
 
+def check_prefix(value: object) -> str:
+    """``value`` if an id may begin with it, empty too, else ``InvalidId``."""
+    return check_id(value, "beginning of a run id") if value != "" else ""
+
+
 def check_chunks(chunks: Sequence[Chunk]) -> None:
     """Raise unless each chunk writes a key of its own. Keys may hold NUL (a branch's own state does)."""
     for chunk in chunks:
@@ -69,6 +74,13 @@ def check_new_run(new: NewRun, owner: str | None) -> None:
     check_chunks(new.chunks)
 
 
+def moved_on(found: RunRecord, sequence: int) -> CommitConflict:
+    """Why a claim of a run at ``sequence`` is refused."""
+    return CommitConflict(
+        f"Claim of run {found.run_id!r} at commit {sequence} refused: the last commit is {found.sequence}."
+    )
+
+
 def refusal(commit: Commit) -> StorageError | None:
     """Why no store could take this commit, whatever it holds, or ``None``."""
     try:
@@ -83,6 +95,20 @@ def refusal(commit: Commit) -> StorageError | None:
     except StorageError as error:
         return error
     return None
+
+
+def check_fork(run_id: str, sequence: int, first: Commit) -> None:
+    """Raise unless ``first`` can be the first commit of a fork at ``sequence``."""
+    check_id(run_id)
+    refused = refusal(first)
+    if refused is not None:
+        raise refused
+    if first.token or first.release or first.replaces is not None or first.state is None:
+        raise StorageError("The first commit of a fork has a state, and no token: nobody holds the new run.")
+    if first.sequence != sequence + 1:
+        raise CommitConflict(
+            f"The first commit of a fork at sequence {sequence} has sequence {sequence + 1}, not {first.sequence}."
+        )
 
 
 def printable(text: str | None) -> str | None:

@@ -3,7 +3,8 @@
 Executors are asynchronous and storage is not; whatever touches the store goes through here, in the order it came.
 Commits that wait together share one call of ``Storage.commit``, so concurrent runs share a transaction and an fsync,
 while a lone run never waits for company. The thread also renews leases, so a node that blocks the event loop does
-not lose its run.
+not lose its run. And while it holds leases it looks, about once a second, whether a message was left for one of their
+runs: one query for all of them, and none for each commit.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from framework.errors import LeaseLost, RunNotFound, StorageError
 from framework.storage.interface import Storage
-from framework.storage.records import Commit
+from framework.storage.records import Commit, Message
 
 T = TypeVar("T")
 
@@ -34,13 +35,22 @@ IDLE_SECONDS = 30.0
 """The thread ends after this long without work; the next call starts another."""
 
 
+LOOK_SECONDS = 1.0
+"""How often to look for messages to the runs whose leases are held."""
+
+OnMessages = Callable[[Sequence[Message]], None]
+"""Told, in the committer's thread, of all messages of a run whenever there are more of them."""
+
+
 @dataclass(slots=True)
 class _Held:
-    """A lease to renew: ``due`` by the monotonic clock, ``lost`` once the store says it is another's."""
+    """A lease to renew, ``due`` by the monotonic clock, and who is told of messages; ``told`` of how many already."""
 
     token: int
     seconds: float
     due: float
+    on_messages: OnMessages | None = None
+    told: int = 0
 
 
 class Committer:
@@ -57,6 +67,7 @@ class Committer:
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._leases: dict[str, _Held] = {}
+        self._look_at = 0.0
 
     def commit(self, commit: Commit) -> Future[None]:
         """Queue a commit; the future is done when it is durable, or holds the error that refused it."""
@@ -66,10 +77,13 @@ class Committer:
         """Queue any call of the store, in order with the commits."""
         return self._put(function)
 
-    def hold(self, run_id: str, token: int, seconds: float) -> None:
-        """Renew a lease, now current, every third of ``seconds`` until ``drop``."""
+    def hold(self, run_id: str, token: int, seconds: float, on_messages: OnMessages | None = None) -> None:
+        """Renew a lease, now current, every third of ``seconds`` until ``drop``.
+
+        ``on_messages`` is told of the messages left for the run, those from before too, within about a second.
+        """
         with self._wake:
-            self._leases[run_id] = _Held(token, seconds, time.monotonic() + seconds / 3)
+            self._leases[run_id] = _Held(token, seconds, time.monotonic() + seconds / 3, on_messages)
             self._ensure_thread()
             self._wake.notify()
 
@@ -106,11 +120,14 @@ class Committer:
             self._renew_due(storage)
             if work:
                 self._do(storage, work)
+            self._look(storage)
 
     def _wait(self) -> bool:
-        """Wait for work or for a lease to be due; ``False`` when the thread may end."""
+        """Wait for work, for a lease to be due or for the next look; ``False`` when the thread may end."""
         now = time.monotonic()
         due = min((held.due for held in self._leases.values()), default=None)
+        if any(held.on_messages is not None for held in self._leases.values()):
+            due = self._look_at if due is None else min(due, self._look_at)
         timeout = IDLE_SECONDS if due is None else max(0.0, due - now)
         notified = self._wake.wait(timeout)
         return notified or due is not None or bool(self._queue)
@@ -167,6 +184,26 @@ class Committer:
                 self.drop(run_id, held.token)
             except StorageError as error:
                 logger.warning("Lease of run %r not renewed, will try again: %s", run_id, error)
+
+    def _look(self, storage: Storage) -> None:
+        """Look for new messages to the runs that are held, if it is time."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_SECONDS
+        with self._wake:
+            watched = {run_id: held for run_id, held in self._leases.items() if held.on_messages is not None}
+        if not watched or storage.closed:
+            return
+        try:
+            counts = storage.count_messages(list(watched))
+            for run_id, count in counts.items():
+                held = watched[run_id]
+                if count > held.told and held.on_messages is not None:
+                    held.on_messages(storage.read_messages(run_id))
+                    held.told = count
+        except StorageError as error:
+            logger.warning("Messages not looked for, will try again: %s", error)
 
 
 _committers: weakref.WeakKeyDictionary[Storage, Committer] = weakref.WeakKeyDictionary()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from framework.errors import InvalidId, LeaseLost, RunBusy, RunExists, RunNotFound, StorageError
+from framework.errors import CommitConflict, InvalidId, LeaseLost, RunBusy, RunExists, RunNotFound, StorageError
 from framework.schemas.run import RunState
 from framework.storage.chunks import Chunk
 from framework.storage.contract import (
@@ -255,6 +255,24 @@ def claim_tells_the_state_found(subject: StorageUnderTest) -> None:
         now = found(store, run_id)
         equal((now.state, now.error), (RunState.RUNNING, None), "the state after a claim")
         equal((now.sequence, now.recovery_attempts), (1, 0), "sequence and attempts after a claim")
+        store.release_lease(run_id, claimed.token)
+        now = found(store, run_id)
+        equal((now.state, now.error), (RunState.CRASHED, "why"), "the state and error once its owner is gone")
+
+
+def claim_knows_the_last_commit(subject: StorageUnderTest) -> None:
+    """``claim_run`` with a sequence leaves a run that has another last commit as it is."""
+    store = subject.new()
+    store.open_run(new_run())
+    accept(store, commit(1, token=0, state=RunState.FAILED, error="why"))
+    before = found(store)
+    for other in (0, 2):
+        with raises(CommitConflict, "claiming at another commit"):
+            store.claim_run("run_1", "me", 60, None, other)
+    equal(found(store), before, "the run after claims at other commits")
+    equal(store.claim_run("run_1", "me", 60, None, 1).state, RunState.FAILED, "the state found at the last commit")
+    with raises(RunBusy, "claiming a held run, whatever the sequence"):
+        store.claim_run("run_1", "you", 60, None, 0)
 
 
 def completed_runs_are_not_claimed(subject: StorageUnderTest) -> None:
@@ -400,6 +418,7 @@ CHECKS: tuple[Check, ...] = (
     held_runs_are_busy,
     released_leases_are_free,
     claim_tells_the_state_found,
+    claim_knows_the_last_commit,
     completed_runs_are_not_claimed,
     recovery_attempts_count_crashes,
     claim_has_one_winner,

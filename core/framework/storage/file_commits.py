@@ -8,7 +8,7 @@ files, in the middle of being moved, the checkpoint counts.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -20,7 +20,7 @@ from framework.errors import CorruptData
 from framework.schemas.run import RunState
 from framework.storage.chunks import Chunk, Op, unreachable
 from framework.storage.file_io import dump_checked, file_name, load_checked, make_directory, show, unshow, write_atomic
-from framework.storage.records import Damage
+from framework.storage.records import CheckpointRow, Damage
 
 Stamp = tuple[int, int, int]
 """Tells one content of a path from another without reading it: inode, time of change, size."""
@@ -405,3 +405,21 @@ def _scan(directory: Path) -> dict[str, Stamp]:
     except FileNotFoundError:
         return {}
     return found
+
+
+def checkpoint_row(content: CommitFile) -> CheckpointRow:
+    if content.checkpoint_id is None or content.checkpoint is None:
+        raise CorruptData(f"Commit {content.sequence} of run {content.run_id!r} is no checkpoint.")
+    return CheckpointRow(content.sequence, content.checkpoint_id, content.checkpoint)
+
+
+def read_row(files: RunFiles, entry: Entry, report: Callable[[Damage], None]) -> CheckpointRow | None:
+    """The checkpoint of an entry, ``None`` when it went or is damaged, which is told to ``report``."""
+    try:
+        content = files.read_entry(entry)
+        return checkpoint_row(content) if content.sequence == entry.sequence else None
+    except FileNotFoundError:
+        return None
+    except CorruptData as error:
+        report(Damage(files.run_id, entry.sequence, str(entry.path), str(error)))
+        return None

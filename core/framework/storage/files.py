@@ -2,8 +2,8 @@
 
 Below the folder: ``runs/``, ``summaries/``, ``indexes/`` (``Run`` documents, see ``file_documents``), and per run
 ``executions/<run>.json`` (record and lease), ``checkpoints/by_run/<run>/`` and ``history/<run>/`` (commits, see
-``file_commits``), ``checkpoint_indexes/latest_<run>.txt`` (the newest checkpoint's id, for people; nothing relies on
-it), ``definitions/`` (kept, as runs share them) and ``locks/``.
+``file_commits``), ``messages/<run>/`` (``file_messages``), ``checkpoint_indexes/latest_<run>.txt`` (the newest
+checkpoint's id, for people; nothing relies on it), ``definitions/`` (kept, as runs share them) and ``locks/``.
 
 A commit is one file put in its place by one rename: that is the moment it happens. What follows, such as the record's
 new state and retention, is derived from it again if a crash comes first: commits newer than the record say what it
@@ -18,8 +18,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -28,6 +28,7 @@ from framework.errors import (
     CommitConflict,
     CorruptData,
     LeaseLost,
+    MessageRefused,
     RunBusy,
     RunExists,
     RunNotFound,
@@ -35,11 +36,21 @@ from framework.errors import (
     SurefootError,
 )
 from framework.schemas.run import Run, RunState, RunStatus
-from framework.storage import forks
-from framework.storage.checks import MAX_KEY, check_id, check_index_key, check_new_run, printable, refusal
+from framework.storage import file_forks, file_messages, forks
+from framework.storage.checks import (
+    MAX_KEY,
+    check_fork,
+    check_id,
+    check_index_key,
+    check_new_run,
+    check_prefix,
+    moved_on,
+    printable,
+    refusal,
+)
 from framework.storage.chunks import Chunk
 from framework.storage.driver_errors import translate
-from framework.storage.file_commits import CommitFile, Entry, RunFiles
+from framework.storage.file_commits import CommitFile, Entry, RunFiles, checkpoint_row, read_row
 from framework.storage.file_documents import INDEXES, RunDocuments
 from framework.storage.file_io import (
     dump_checked,
@@ -52,12 +63,14 @@ from framework.storage.file_io import (
     unshow,
     write_atomic,
 )
+from framework.storage.file_records import after, age, holder_of, read_record, shown, write_record
 from framework.storage.interface import IsAlive, Storage
 from framework.storage.records import (
     CheckpointRow,
     Commit,
     Damage,
     LogRow,
+    Message,
     NewRun,
     Retention,
     RunRecord,
@@ -166,6 +179,9 @@ class FileStorage(Storage):
     def _history(self, run_id: str) -> Path:
         return self.base_path / "history" / file_name(run_id)
 
+    def _messages(self, run_id: str) -> Path:
+        return self.base_path / "messages" / file_name(run_id)
+
     def _pointer(self, run_id: str) -> Path:
         return self.base_path / "checkpoint_indexes" / f"latest_{file_name(run_id)}.txt"
 
@@ -175,19 +191,8 @@ class FileStorage(Storage):
     # --- run records --------------------------------------------------------------------------------------------
 
     def _read_record(self, path: Path) -> RunRecord | None:
-        """The record in a file, or ``None`` when there is none. Raises ``CorruptData``."""
-        try:
-            content = load_checked(path)
-        except FileNotFoundError:
-            return None
-        try:
-            del content["format"]
-            record = RunRecord(
-                **{**content, "header": unshow(content["header"]), "state": RunState(content["state"])},
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptData(f"{path} is not the record of a run: {error!r}.") from None
-        if self._record_path(record.run_id) != path:
+        record = read_record(path)
+        if record is not None and self._record_path(record.run_id) != path:
             raise CorruptData(f"{path} was renamed or copied: it is the record of run {record.run_id!r}.")
         return record
 
@@ -197,17 +202,14 @@ class FileStorage(Storage):
         if record is None:
             return None
         for sequence in sorted(sequence for sequence in files.commits if sequence > record.sequence):
-            record = _after(record, files.commits[sequence])
+            record = after(record, files.commits[sequence])
         return record
 
     def _write_record(self, record: RunRecord) -> None:
-        content = {**asdict(record), "header": show(record.header), "state": record.state.value}
-        write_atomic(self._record_path(record.run_id), dump_checked(content))
+        write_record(self._record_path(record.run_id), record)
 
     def _shown(self, record: RunRecord, *, gone: bool = False) -> RunRecord:
-        held = _holder(record, self._clock()) is not None and not gone
-        crashed = record.state is RunState.RUNNING and not held
-        return replace(record, state=RunState.CRASHED) if crashed else record
+        return shown(record, None if gone else holder_of(record, self._clock()))
 
     # --- runs ---------------------------------------------------------------------------------------------------
 
@@ -259,7 +261,14 @@ class FileStorage(Storage):
             record = self._stored(files)
             return None if record is None else self._shown(record)
 
-    def claim_run(self, run_id: str, owner: str, lease_seconds: float, is_alive: IsAlive | None = None) -> RunRecord:
+    def claim_run(
+        self,
+        run_id: str,
+        owner: str,
+        lease_seconds: float,
+        is_alive: IsAlive | None = None,
+        sequence: int | None = None,
+    ) -> RunRecord:
         check_id(owner, "owner", MAX_KEY)
         with self._run_lock(run_id, "claim") as files:
             stored = self._known(files)
@@ -267,18 +276,19 @@ class FileStorage(Storage):
             if found.state is RunState.COMPLETED:
                 return found
             now = self._clock()
-            holder = _holder(stored, now)
+            holder = holder_of(stored, now)
             if holder is not None:
                 if is_alive is None or is_alive(holder) is not False:
                     raise RunBusy(run_id, holder, stored.lease_until - now)
                 found = self._shown(stored, gone=True)
+            if sequence is not None and stored.sequence != sequence:
+                raise moved_on(stored, sequence)
             claimed = replace(
                 stored,
                 owner=owner,
                 token=stored.token + 1,
                 lease_until=now + lease_seconds,
                 state=RunState.RUNNING,
-                error=None,
                 recovery_attempts=stored.recovery_attempts + 1 if found.state is RunState.CRASHED else 0,
                 updated_at=now,
             )
@@ -310,10 +320,25 @@ class FileStorage(Storage):
                 continue
             if current is not None and (states is None or current.state in states):
                 found.append(current)
-        found.sort(key=_age, reverse=True)
+        found.sort(key=age, reverse=True)
         if before is not None:
-            found = [record for record in found if _age(record) < _age(before)]
+            found = [record for record in found if age(record) < age(before)]
         return found[:limit]
+
+    def find_runs(self, prefix: str, limit: int = 100) -> list[RunRecord]:
+        check_prefix(prefix)
+        found: list[RunRecord] = []
+        for run_id in sorted(record.run_id for record in self._records() if record.run_id.startswith(prefix)):
+            if len(found) == limit:
+                break
+            try:
+                current = self.find_run(run_id)
+            except CorruptData as error:
+                logger.warning("Listing runs: %s", error)
+                continue
+            if current is not None:
+                found.append(current)
+        return found
 
     def _records(self, on_damage: Callable[[Damage], None] | None = None) -> list[RunRecord]:
         """The readable records as they are in their files, oldest first."""
@@ -329,7 +354,7 @@ class FileStorage(Storage):
                     continue
                 if record is not None:
                     found.append(record)
-        return sorted(found, key=_age)
+        return sorted(found, key=age)
 
     def delete_run(self, run_id: str) -> bool:
         with self._run_lock(run_id, "delete", new=True) as files:
@@ -351,7 +376,7 @@ class FileStorage(Storage):
 
     def _clear(self, files: RunFiles) -> None:
         self._pointer(files.run_id).unlink(missing_ok=True)
-        for folder in (files.checkpoints, files.history):
+        for folder in (files.checkpoints, files.history, self._messages(files.run_id)):
             if folder.exists():
                 shutil.rmtree(folder)
         files.refresh()
@@ -364,9 +389,72 @@ class FileStorage(Storage):
 
     def _refuse_if_held(self, record: RunRecord) -> None:
         now = self._clock()
-        holder = _holder(record, now)
+        holder = holder_of(record, now)
         if holder is not None:
             raise RunBusy(record.run_id, holder, record.lease_until - now)
+
+    # --- messages -----------------------------------------------------------------------------------------------
+
+    def send(self, run_id: str, name: str, body: bytes) -> None:
+        check_id(name, "message name", MAX_KEY)
+        with self._run_lock(run_id, "send a message to") as files:
+            if self._known(files).state is RunState.COMPLETED:
+                raise MessageRefused(run_id, name, "the run is completed.")
+            file_messages.leave(self._messages(run_id), Message(run_id, name, bytes(body), self._clock()))
+
+    def read_messages(self, run_id: str, on_damage: Callable[[Damage], None] | None = None) -> list[Message]:
+        with self._run_lock(run_id, "read the messages of", shared=True):
+            if not self._record_path(run_id).exists():
+                return []
+            return file_messages.read(self._messages(run_id), run_id, on_damage)
+
+    def count_messages(self, run_ids: Sequence[str]) -> dict[str, int]:
+        with self._guard("count messages"):
+            counts = {run_id: file_messages.count(self._messages(check_id(run_id))) for run_id in run_ids}
+        return {run_id: count for run_id, count in counts.items() if count}
+
+    # --- forks --------------------------------------------------------------------------------------------------
+
+    def fork_run(self, run_id: str, sequence: int, header: bytes, first: Commit) -> RunRecord:
+        check_fork(run_id, sequence, first)
+        new_id = first.run_id
+        if new_id == run_id:
+            raise RunExists(new_id)
+        with ExitStack() as locks:
+            # In one order everywhere, so that two forks never wait for each other.
+            held = {
+                one: locks.enter_context(self._run_lock(one, "fork", shared=one == run_id, new=one == new_id))
+                for one in sorted((run_id, new_id))
+            }
+            source, target = held[run_id], held[new_id]
+            found = self._known(source)
+            if self._record_path(new_id).exists():
+                raise RunExists(new_id)
+            self._clear(target)
+            file_forks.copy(source, target, sequence)
+            self._publish(target, first)
+            now = self._clock()
+            made = replace(
+                found,
+                run_id=new_id,
+                header=header,
+                state=first.state or found.state,
+                sequence=first.sequence,
+                created_at=now,
+                updated_at=now,
+                error=printable(first.error),
+                owner=None,
+                token=0,
+                lease_until=0.0,
+                recovery_attempts=0,
+                parent_run_id=None,
+            )
+            self._write_record(made)  # from here on there is such a run
+            target.refresh()
+            self._point(target)
+            if first.retention is not None and first.checkpoint_id is not None:
+                self._prune(target, first.retention)
+            return self._shown(made)
 
     # --- commits ------------------------------------------------------------------------------------------------
 
@@ -521,13 +609,13 @@ class FileStorage(Storage):
                     report(damage)
             row = None
             while row is None and entries:
-                row = _read_row(files, entries.pop(0), report)
+                row = read_row(files, entries.pop(0), report)
         if row is not None:
             yield row
         for entry in entries:
             # The lock is not kept from row to row: an older checkpoint may go meanwhile, and is then left out.
             with self._run_lock(run_id, "read the checkpoints of", shared=True) as files:
-                row = _read_row(files, entry, report)
+                row = read_row(files, entry, report)
             if row is not None:
                 yield row
 
@@ -536,7 +624,7 @@ class FileStorage(Storage):
         with self._run_lock(run_id, "read a checkpoint of", shared=True) as files:
             found = [entry for entry in files.retained() if entry.checkpoint_id == checkpoint_id]
             if found:
-                return _row(files.read_entry(found[-1]))
+                return checkpoint_row(files.read_entry(found[-1]))
             damage = files.damage_at(files.checkpoint_path(checkpoint_id))
             if damage is not None:
                 raise CorruptData(damage.problem)
@@ -605,41 +693,6 @@ class FileStorage(Storage):
     def rebuild_indexes(self) -> None:
         """Make the indexes of the ``Run`` documents anew from the documents."""
         self._documents.rebuild()
-
-
-def _after(record: RunRecord, entry: Entry) -> RunRecord:
-    """The record once a commit has happened."""
-    record = replace(record, sequence=entry.sequence)
-    if entry.state is not None:
-        record = replace(record, state=entry.state, error=entry.error, updated_at=entry.at)
-    return replace(record, owner=None, lease_until=0.0) if entry.release else record
-
-
-def _holder(record: RunRecord, now: float) -> str | None:
-    """Who holds the lease, as far as the clock tells."""
-    return record.owner if record.lease_until > now else None
-
-
-def _age(record: RunRecord) -> tuple[float, str]:
-    return record.created_at, record.run_id
-
-
-def _row(content: CommitFile) -> CheckpointRow:
-    if content.checkpoint_id is None or content.checkpoint is None:
-        raise CorruptData(f"Commit {content.sequence} of run {content.run_id!r} is no checkpoint.")
-    return CheckpointRow(content.sequence, content.checkpoint_id, content.checkpoint)
-
-
-def _read_row(files: RunFiles, entry: Entry, report: Callable[[Damage], None]) -> CheckpointRow | None:
-    """The checkpoint of an entry, ``None`` when it went or is damaged, which is told to ``report``."""
-    try:
-        content = files.read_entry(entry)
-        return _row(content) if content.sequence == entry.sequence else None
-    except FileNotFoundError:
-        return None
-    except CorruptData as error:
-        report(Damage(files.run_id, entry.sequence, str(entry.path), str(error)))
-        return None
 
 
 def _ignore(damage: Damage) -> None:

@@ -7,11 +7,13 @@ Requirements every backend meets:
 
 1. ``commit`` is all or nothing for each commit, durable on return, and refuses a stale fencing token (``LeaseLost``),
    a sequence that is not the next (``CommitConflict``) and a run it does not know (``RunNotFound``).
-2. ``open_run`` and ``claim_run`` are atomic: of any number of callers, in any number of processes, one wins.
+2. ``open_run``, ``claim_run`` and ``fork_run`` are atomic: of any number of callers, in any number of processes, one
+   wins.
 3. Ids and keys are any text without NUL and lone surrogates, not empty, at most 1,000 characters (run ids 255);
    they never name anything outside the store. Others raise ``InvalidId``.
 4. Bytes that do not match their checksum raise ``CorruptData`` when read by name, and never hide other rows.
-5. Driver errors surface as ``StorageError`` with what to do about them.
+5. At most one message is ever left under one name of a run, whoever sends at once; it stays as long as the run.
+6. Driver errors surface as ``StorageError`` with what to do about them.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from framework.storage.records import (
     Commit,
     Damage,
     LogRow,
+    Message,
     NewRun,
     Retention,
     RunRecord,
@@ -64,13 +67,22 @@ class Storage(ABC):
         """The run as recorded, or ``None``. A running run whose lease has expired is ``crashed``."""
 
     @abstractmethod
-    def claim_run(self, run_id: str, owner: str, lease_seconds: float, is_alive: IsAlive | None = None) -> RunRecord:
+    def claim_run(
+        self,
+        run_id: str,
+        owner: str,
+        lease_seconds: float,
+        is_alive: IsAlive | None = None,
+        sequence: int | None = None,
+    ) -> RunRecord:
         """Take over a run's lease and set its state to running; durable on return.
 
         Succeeds when nobody holds the lease, it has expired, or ``is_alive(holder)`` is ``False``. The token grows by
         one; ``recovery_attempts`` by one when the run was crashed, and returns to 0 otherwise. A completed run is
-        returned as it is, unclaimed. The returned ``state`` is the one found: ``crashed``, ``failed``, ``paused`` ...
-        Raises ``RunNotFound``, ``RunBusy``.
+        returned as it is, unclaimed. The returned ``state`` and ``error`` are those found: ``crashed``, ``failed``,
+        ``paused`` ... The error stays recorded until a commit with a state replaces it, so a claim whose owner ends
+        before its first commit loses nothing. With ``sequence``, the last commit that the caller knows of, a run that
+        has another one is left as it is: ``CommitConflict``. Raises ``RunNotFound``, ``RunBusy``.
         """
 
     @abstractmethod
@@ -91,10 +103,53 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def find_runs(self, prefix: str, limit: int = 100) -> list[RunRecord]:
+        """At most ``limit`` runs whose id begins with ``prefix``, by id, so an id that is equal comes first.
+
+        ``""`` is every id's beginning. Raises ``InvalidId``.
+        """
+
+    @abstractmethod
     def delete_run(self, run_id: str) -> bool:
-        """Remove everything of the run: record, commits, chunks, ``Run`` document. Whether there was anything.
+        """Remove everything of the run: record, commits, chunks, messages, ``Run`` document. Whether there was any.
 
         Raises ``RunBusy`` while somebody holds its lease.
+        """
+
+    # --- messages -----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def send(self, run_id: str, name: str, body: bytes) -> None:
+        """Leave a message for a run, whoever holds it; durable on return. It stays until the run is deleted.
+
+        Raises ``MessageRefused`` when one of this name was left before, or when the run is completed; ``RunNotFound``,
+        ``InvalidId``.
+        """
+
+    @abstractmethod
+    def read_messages(self, run_id: str, on_damage: Callable[[Damage], None] | None = None) -> list[Message]:
+        """A run's messages in the order they were left; damaged ones go to ``on_damage`` and are left out."""
+
+    @abstractmethod
+    def count_messages(self, run_ids: Sequence[str]) -> dict[str, int]:
+        """How many messages each of these runs has, damaged ones too; runs without any are left out.
+
+        Cheap enough to ask every second for all runs of a process: as messages stay, a new one makes the number grow.
+        """
+
+    # --- forks --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def fork_run(self, run_id: str, sequence: int, header: bytes, first: Commit) -> RunRecord:
+        """Make the run ``first.run_id`` from the checkpoint at ``sequence`` of the run ``run_id``, all or nothing.
+
+        The new run has the kind, goal and definition of the other; ``header`` as its own; the other's log and this one
+        checkpoint up to ``sequence``, and its initial state and state there; and then the commit ``first``, with
+        ``sequence`` plus one, no token and a state. Nobody holds it. The chunks are its own: nothing that happens to
+        the other run later changes it, and the other is not touched. Messages and ``Run`` document stay behind.
+        Whoever holds the other run may go on committing. Everything taken over is checked: raises ``CorruptData``
+        rather than copy what is damaged, ``CheckpointNotFound``, ``RunNotFound``, ``RunExists``, ``InvalidId``, and
+        what ``commit`` gives as the error for ``first``.
         """
 
     # --- commits ------------------------------------------------------------------------------------------------
@@ -266,7 +321,9 @@ def _reporter(run_id: str, on_damage: Callable[[Damage], None] | None = None) ->
         if damage in told:
             return
         told.add(damage)
-        logger.warning("Run %r: %s is damaged: %s", run_id, damage.where, damage.problem)
+        # A damaged name may hold what no log file can be written with.
+        where, problem = (text.encode("utf-8", "backslashreplace").decode() for text in (damage.where, damage.problem))
+        logger.warning("Run %r: %s is damaged: %s", run_id, where, problem)
         if on_damage is not None:
             on_damage(damage)
 

@@ -14,6 +14,9 @@ import uuid
 from functools import cache
 from pathlib import Path
 
+from framework.schemas.run import RunState
+from framework.storage.records import RunRecord
+
 _local: set[str] = set()
 
 
@@ -83,3 +86,14 @@ def is_alive(owner: str) -> bool | None:
     except (PermissionError, OverflowError):
         pass
     return True if start == "-" else None
+
+
+def effective_state(record: RunRecord) -> RunState:
+    """The state of a run as an executor called now would find it.
+
+    A store shows a killed run as running until its lease ends, as it knows no processes. Where its owner certainly is
+    gone, as on this machine, it is ``crashed`` already, and whoever claims it succeeds at once.
+    """
+    if record.state is RunState.RUNNING and record.owner is not None and is_alive(record.owner) is False:
+        return RunState.CRASHED
+    return record.state

@@ -34,8 +34,8 @@ class NewRun:
 class RunRecord:
     """A run as recorded. Times are seconds since the epoch by the store's clock.
 
-    ``state`` is ``crashed`` when the stored state is running and nobody alive holds the lease. ``sequence`` is that
-    of the last commit, 0 before the first.
+    ``state`` is ``crashed`` when the stored state is running and nobody alive holds the lease. ``error`` is that of
+    the last commit with a state; a running run shows none. ``sequence`` is that of the last commit, 0 before the first.
     """
 
     run_id: str
@@ -103,6 +103,19 @@ class CheckpointRow:
     sequence: int
     checkpoint_id: str
     body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Something left for a run from outside, under a name of its own. ``body`` is opaque to the store.
+
+    ``sent_at`` is in seconds since the epoch by the store's clock.
+    """
+
+    run_id: str
+    name: str
+    body: bytes
+    sent_at: float
 
 
 @dataclass(frozen=True, slots=True)

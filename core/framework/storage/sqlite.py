@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from framework.errors import (
     CommitConflict,
     CorruptData,
     LeaseLost,
+    MessageRefused,
     RunBusy,
     RunExists,
     RunNotFound,
@@ -31,9 +32,19 @@ from framework.errors import (
     SurefootError,
 )
 from framework.schemas.run import Run, RunState, RunStatus
-from framework.storage import forks
+from framework.storage import forks, sqlite_forks, sqlite_messages, sqlite_retention
 from framework.storage import sqlite_schema as schema
-from framework.storage.checks import MAX_KEY, check_id, check_index_key, check_new_run, printable, refusal
+from framework.storage.checks import (
+    MAX_KEY,
+    check_fork,
+    check_id,
+    check_index_key,
+    check_new_run,
+    check_prefix,
+    moved_on,
+    printable,
+    refusal,
+)
 from framework.storage.chunks import Chunk, checksum
 from framework.storage.documents import document_bytes, nodes_of, parse_document
 from framework.storage.driver_errors import translate
@@ -43,6 +54,7 @@ from framework.storage.records import (
     Commit,
     Damage,
     LogRow,
+    Message,
     NewRun,
     Retention,
     RunRecord,
@@ -178,30 +190,25 @@ class SQLiteStorage(Storage):
                 "INSERT OR IGNORE INTO definitions (fingerprint, body, crc) VALUES (?, ?, ?)",
                 (new.fingerprint, new.definition, row_crc(new.fingerprint, new.definition)),
             )
-            try:
-                cursor = db.execute(
-                    "INSERT INTO runs (run_id, executor_type, goal_id, fingerprint, header, header_crc, state, "
-                    "created_at, updated_at, owner, token, lease_until, recovery_attempts, parent_run_id) "
-                    "VALUES (?, ?, ?, ?, ?, ?, 'running', ?, ?, ?, ?, ?, 0, ?)",
-                    (
-                        new.run_id,
-                        new.executor_type,
-                        new.goal_id,
-                        new.fingerprint,
-                        new.header,
-                        _facts_crc(new, now),
-                        now,
-                        now,
-                        owner,
-                        0 if owner is None else 1,
-                        0.0 if owner is None else now + lease_seconds,
-                        new.parent_run_id,
-                    ),
-                )
-            except sqlite3.IntegrityError:
-                raise RunExists(new.run_id) from None
-            self._insert_chunks(db, cursor.lastrowid or 0, 0, new.chunks)
+            self._insert_chunks(db, self._insert_run(db, new, now, owner, lease_seconds), 0, new.chunks)
             return self._record(self._row(db, new.run_id))
+
+    def _insert_run(
+        self, db: sqlite3.Connection, new: NewRun, now: float, owner: str | None = None, lease_seconds: float = 0.0
+    ) -> int:
+        """Write a new run's row; its key. Raises ``RunExists``."""
+        held = (None, 0, 0.0) if owner is None else (owner, 1, now + lease_seconds)
+        facts = (new.run_id, new.executor_type, new.goal_id, new.fingerprint, new.header, _facts_crc(new, now))
+        try:
+            cursor = db.execute(
+                "INSERT INTO runs (run_id, executor_type, goal_id, fingerprint, header, header_crc, state, "
+                "created_at, updated_at, owner, token, lease_until, recovery_attempts, parent_run_id) "
+                "VALUES (?, ?, ?, ?, ?, ?, 'running', ?, ?, ?, ?, ?, 0, ?)",
+                (*facts, now, now, *held, new.parent_run_id),
+            )
+        except sqlite3.IntegrityError:
+            raise RunExists(new.run_id) from None
+        return cursor.lastrowid or 0
 
     def find_run(self, run_id: str) -> RunRecord | None:
         check_id(run_id)
@@ -209,7 +216,14 @@ class SQLiteStorage(Storage):
             row = self._find_row(db, run_id)
             return None if row is None else self._record(row)
 
-    def claim_run(self, run_id: str, owner: str, lease_seconds: float, is_alive: IsAlive | None = None) -> RunRecord:
+    def claim_run(
+        self,
+        run_id: str,
+        owner: str,
+        lease_seconds: float,
+        is_alive: IsAlive | None = None,
+        sequence: int | None = None,
+    ) -> RunRecord:
         check_id(owner, "owner", MAX_KEY)
         with self._write(f"claim run {run_id!r}") as db:
             row = self._row(db, run_id)
@@ -222,9 +236,11 @@ class SQLiteStorage(Storage):
                 if is_alive is None or is_alive(holder) is not False:
                     raise RunBusy(run_id, holder, found.lease_until - now)
                 found = self._record(row, gone=True)
+            if sequence is not None and found.sequence != sequence:
+                raise moved_on(found, sequence)
             attempts = found.recovery_attempts + 1 if found.state is RunState.CRASHED else 0
             db.execute(
-                "UPDATE runs SET owner = ?, token = token + 1, lease_until = ?, state = 'running', error = NULL, "
+                "UPDATE runs SET owner = ?, token = token + 1, lease_until = ?, state = 'running', "
                 "recovery_attempts = ?, updated_at = ? WHERE pk = ?",
                 (owner, now + lease_seconds, attempts, now, row["pk"]),
             )
@@ -275,14 +291,28 @@ class SQLiteStorage(Storage):
             rows = db.execute(
                 f"SELECT {_RUN_COLUMNS} FROM runs WHERE {condition} ORDER BY created_at DESC, run_id DESC LIMIT ?",
                 (*values, limit),
-            ).fetchall()
-            found = []
-            for row in rows:
-                try:
-                    found.append(self._record(row))
-                except CorruptData as error:
-                    logger.warning("Listing runs: %s", error)
-            return found
+            )
+            return self._readable(rows)
+
+    def find_runs(self, prefix: str, limit: int = 100) -> list[RunRecord]:
+        # A range of the index of run_id: SQLite compares text as UTF-8 bytes, of which nothing is above this mark.
+        bounds = (check_prefix(prefix).encode(), limit)
+        with self._guard("find runs") as db:
+            rows = db.execute(
+                f"SELECT {_RUN_COLUMNS} FROM runs WHERE run_id >= CAST(?1 AS TEXT) AND "
+                "run_id < CAST(?1 || x'F8' AS TEXT) ORDER BY run_id LIMIT ?2",
+                bounds,
+            )
+            return self._readable(rows)
+
+    def _readable(self, rows: Iterable[sqlite3.Row]) -> list[RunRecord]:
+        found = []
+        for row in list(rows):
+            try:
+                found.append(self._record(row))
+            except CorruptData as error:
+                logger.warning("Listing runs: %s", error)
+        return found
 
     def delete_run(self, run_id: str) -> bool:
         check_id(run_id)
@@ -293,7 +323,7 @@ class SQLiteStorage(Storage):
             if row is None:
                 return removed > 0
             self._refuse_if_held(row)
-            for table in ("steps", "checkpoints", "chunks", "runs"):
+            for table in ("steps", "checkpoints", "chunks", "messages", "runs"):
                 column = "pk" if table == "runs" else "run_pk"
                 db.execute(f"DELETE FROM {table} WHERE {column} = ?", (row["pk"],))
             db.execute(
@@ -331,7 +361,8 @@ class SQLiteStorage(Storage):
             sequence=last or 0,
             created_at=row["created_at"],
             updated_at=row["updated_at"],
-            error=row["error"],
+            # What a run ended with before it was claimed is not what it comes to now, unless its owner left it.
+            error=None if state is RunState.RUNNING else row["error"],
             owner=row["owner"],
             token=row["token"],
             lease_until=row["lease_until"],
@@ -343,6 +374,40 @@ class SQLiteStorage(Storage):
         now = self._clock()
         if row["owner"] is not None and row["lease_until"] > now:
             raise RunBusy(row["run_id"], row["owner"], row["lease_until"] - now)
+
+    # --- messages -----------------------------------------------------------------------------------------------
+
+    def send(self, run_id: str, name: str, body: bytes) -> None:
+        check_id(name, "message name", MAX_KEY)
+        with self._write(f"send a message to run {run_id!r}") as db:
+            row = self._row(db, run_id)
+            if row["state"] == RunState.COMPLETED.value:
+                raise MessageRefused(run_id, name, "the run is completed.")
+            sqlite_messages.leave(db, row["pk"], Message(run_id, name, bytes(body), self._clock()))
+
+    def read_messages(self, run_id: str, on_damage: Callable[[Damage], None] | None = None) -> list[Message]:
+        with self._guard(f"read the messages of run {run_id!r}") as db:
+            return sqlite_messages.read(db, check_id(run_id), on_damage)
+
+    def count_messages(self, run_ids: Sequence[str]) -> dict[str, int]:
+        with self._guard("count messages") as db:
+            return sqlite_messages.count(db, [check_id(run_id) for run_id in run_ids])
+
+    # --- forks --------------------------------------------------------------------------------------------------
+
+    def fork_run(self, run_id: str, sequence: int, header: bytes, first: Commit) -> RunRecord:
+        check_fork(run_id, sequence, first)
+        now = self._clock()
+        with self._write(f"fork run {run_id!r}") as db:
+            source = self._row(db, run_id)
+            found = self._record(source)  # raises when it is damaged
+            new = NewRun(first.run_id, found.executor_type, found.goal_id, found.fingerprint, b"", header)
+            pk = self._insert_run(db, new, now)
+            sqlite_forks.copy(db, run_id, source["pk"], pk, sequence)
+            refused = self._commit_one(db, first)
+            if refused is not None:
+                raise refused
+            return self._record(self._row(db, first.run_id))
 
     # --- commits ------------------------------------------------------------------------------------------------
 
@@ -412,7 +477,7 @@ class SQLiteStorage(Storage):
         self._insert_chunks(db, pk, commit.sequence, commit.chunks)
         _faults.reach("commit.inside")
         if commit.replaces is not None:
-            self._replace(db, pk, commit.replaces)
+            sqlite_retention.replace(db, pk, commit.replaces)
         if commit.state is not None:
             db.execute(
                 "UPDATE runs SET state = ?, error = ?, updated_at = ? WHERE pk = ?",
@@ -421,7 +486,7 @@ class SQLiteStorage(Storage):
         if commit.release:
             db.execute("UPDATE runs SET owner = NULL, lease_until = 0 WHERE pk = ?", (pk,))
         if commit.retention is not None and commit.checkpoint_id is not None:
-            self._prune(db, pk, commit.retention)
+            sqlite_retention.prune(db, pk, commit.retention)
         return None
 
     def _insert_chunks(self, db: sqlite3.Connection, pk: int, sequence: int, chunks: Sequence[Chunk]) -> None:
@@ -430,49 +495,6 @@ class SQLiteStorage(Storage):
                 "INSERT INTO chunks (run_pk, sequence, key, op, data, checksum) VALUES (?, ?, ?, ?, ?, ?)",
                 [(pk, sequence, c.key, OPS.index(c.op), c.data, checksum(c)) for c in chunks],
             )
-
-    def _replace(self, db: sqlite3.Connection, pk: int, sequence: int) -> None:
-        """Drop a checkpoint from between the others."""
-        values = (pk, sequence)
-        if not db.execute("DELETE FROM checkpoints WHERE run_pk = ? AND sequence = ?", values).rowcount:
-            return
-        before, after = (
-            db.execute(f"SELECT {which} FROM checkpoints WHERE run_pk = ? AND sequence {side} ?", values).fetchone()[0]
-            for which, side in (("max(sequence)", "<"), ("min(sequence)", ">"))
-        )
-        if after is not None:
-            self._drop_chunks(db, pk, sequence, before or 0, after)
-
-    def _prune(self, db: sqlite3.Connection, pk: int, retention: Retention, needed: int | None = None) -> int:
-        """Drop all but the newest checkpoints; those from sequence ``needed`` on stay in any case."""
-        if retention.keep is None:
-            return 0
-        kept = db.execute(
-            "SELECT sequence FROM checkpoints WHERE run_pk = ? ORDER BY sequence DESC LIMIT 1 OFFSET ?",
-            (pk, retention.keep - 1),
-        ).fetchone()
-        first = db.execute("SELECT min(sequence) AS first FROM checkpoints WHERE run_pk = ?", (pk,)).fetchone()["first"]
-        if kept is None or first == kept["sequence"]:
-            return 0
-        oldest: int = kept["sequence"] if needed is None else min(kept["sequence"], needed)
-        dropped = db.execute("DELETE FROM checkpoints WHERE run_pk = ? AND sequence < ?", (pk, oldest)).rowcount
-        _faults.reach("retention")
-        self._drop_chunks(db, pk, first, 0, oldest)
-        return dropped
-
-    def _drop_chunks(self, db: sqlite3.Connection, pk: int, since: int, after: int, upto: int) -> None:
-        """Drop the chunks that only checkpoints between ``after`` and ``upto`` could reach, of which none is left.
-
-        A key's chunks before its last set at or before ``upto`` are such. Only keys set since the oldest checkpoint
-        dropped, ``since``, can have gained one, and the log rows name them: the cost follows what is dropped, not the
-        history. Sequence 0, the input, always stays.
-        """
-        rows = db.execute(
-            "SELECT sets FROM steps WHERE run_pk = ? AND sequence >= ? AND sequence <= ? AND sets IS NOT NULL",
-            (pk, since, upto),
-        ).fetchall()
-        for key in sorted({key for row in rows for key in row["sets"].split(SETS_MARK)}):
-            schema.drop_unreachable(db, pk, key, after, upto)
 
     # --- reading commits ----------------------------------------------------------------------------------------
 
@@ -551,7 +573,7 @@ class SQLiteStorage(Storage):
         needed = newest_readable(self, run_id)
         with self._write(f"prune run {run_id!r}") as db:
             row = self._find_row(db, run_id)
-            return 0 if row is None else self._prune(db, row["pk"], retention, needed)
+            return 0 if row is None else sqlite_retention.prune(db, row["pk"], retention, needed)
 
     def rewind(self, run_id: str, token: int, sequence: int) -> int:
         with self._write(f"rewind run {run_id!r}") as db:

@@ -2,7 +2,7 @@
 
 Tables, one row each for: ``runs`` a run and its lease; ``definitions`` a graph or plan by content hash; ``steps`` a
 commit, kept for the run's life; ``checkpoints`` a retained checkpoint; ``chunks`` a write to a key of a state;
-``documents`` and ``run_nodes`` the runtime's ``Run`` document and its index.
+``documents`` and ``run_nodes`` the runtime's ``Run`` document and its index; ``messages`` what was left for a run.
 
 Chunks have a rowid, so they are written to the end of their table and fill its pages; only the small index entry goes
 between others. Pages of 16 KiB hold chunks of about 1 KB with 7 % waste (4 KiB: 33 %).
@@ -17,7 +17,7 @@ from zlib import crc32
 from framework.errors import StorageError, StoreTooNew
 from framework.storage.chunks import Op
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PAGE_BYTES = 16_384
 OPS: tuple[Op, ...] = ("append", "set", "delete")
 """Operations by their number in ``chunks.op``."""
@@ -107,7 +107,19 @@ CREATE TABLE run_nodes (
 CREATE INDEX run_nodes_by_run ON run_nodes (run_id);
 """
 
-MIGRATIONS: tuple[str, ...] = (_VERSION_1,)
+_VERSION_2 = """
+CREATE TABLE messages (
+    pk INTEGER PRIMARY KEY AUTOINCREMENT,
+    run_pk INTEGER NOT NULL,
+    name TEXT NOT NULL,
+    body BLOB NOT NULL,
+    sent_at REAL NOT NULL,
+    crc INTEGER NOT NULL
+);
+CREATE UNIQUE INDEX messages_by_name ON messages (run_pk, name);
+"""
+
+MIGRATIONS: tuple[str, ...] = (_VERSION_1, _VERSION_2)
 """The script that leads from each version to the next; version 0 is an empty file."""
 
 READ_CHUNKS = """
@@ -199,24 +211,3 @@ def migrate(connection: sqlite3.Connection, name: str, migrations: tuple[str, ..
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
-
-
-def drop_unreachable(connection: sqlite3.Connection, run_pk: int, key: str, after: int, upto: int) -> None:
-    """Remove a key's chunks that nothing reads once no checkpoint is retained between two; see ``chunks.unreachable``.
-
-    ``after`` and ``upto`` are retained checkpoints next to each other, ``after`` 0 when it is the initial state.
-    """
-    base = connection.execute(
-        "SELECT max(sequence) FROM chunks WHERE run_pk = ? AND key = ? AND sequence > ? AND sequence <= ? AND op <> 0",
-        (run_pk, key, after, upto),
-    ).fetchone()[0]
-    if base is None:
-        return
-    connection.execute(
-        "DELETE FROM chunks WHERE run_pk = ? AND key = ? AND sequence > ? AND sequence < ?", (run_pk, key, after, base)
-    )
-    connection.execute(
-        "DELETE FROM chunks WHERE run_pk = :run AND key = :key AND sequence = :base AND op = 2 AND NOT EXISTS "
-        "(SELECT 1 FROM chunks AS first WHERE first.run_pk = :run AND first.key = :key AND first.sequence <= :after)",
-        {"run": run_pk, "key": key, "base": base, "after": after},
-    )

@@ -1,10 +1,11 @@
 """The program that the crash tests of plans kill: one plan over a store, run as ``python plan_program.py '<json>'``.
 
-The argument holds ``url``, ``ledger``, ``mode`` and ``concurrency``. ``mode`` is ``run`` (a callback approves),
-``wait`` (nobody does) or ``approve`` (stores the answer, runs nothing). Prints the result as one line of JSON. Every
-start and end of a body goes to the ledger, which the store knows nothing of. ``SUREFOOT_FAULT=point:n`` ends the
-process by SIGKILL when it reaches that point of ``framework._faults`` for the n-th time; ``node.inside`` is the middle
-of a body.
+The argument holds ``url``, ``ledger``, ``mode``, ``concurrency``, and maybe ``recoveries`` (the limit of them in a
+row), ``durability`` and ``hold`` (to say ready and wait for a line before the answer). ``mode`` is ``run`` (a callback
+approves), ``wait`` (nobody does) or ``approve`` (stores the answer, runs nothing). Prints the result as one line of
+JSON. Every start and end of a body goes to the ledger, which the store knows nothing of. ``SUREFOOT_FAULT=point:n``
+ends the process by SIGKILL when it reaches that point of ``framework._faults`` for the n-th time; ``node.inside`` is
+the middle of a body, ``answer.before`` and ``answer.after`` are around the answer.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from collections import Counter
 from typing import Any
 
 from framework import _faults
+from framework.errors import ApprovalError
 from framework.graph.checkpoint_manager import CheckpointManager
 from framework.graph.edge import EdgeCondition, EdgeSpec, GraphSpec
 from framework.graph.executor import GraphExecutor
 from framework.graph.flexible_executor import ExecutorConfig, FlexibleGraphExecutor
 from framework.graph.goal import Goal
 from framework.graph.node import NodeSpec
-from framework.graph.plan import ApprovalDecision, ApprovalRequest, ApprovalResult, Plan
+from framework.graph.plan import ApprovalDecision, ApprovalRequest, ApprovalResult, ExecutionStatus, Plan
 from framework.runtime import Runtime
+from framework.schemas.checkpoint import CheckpointConfig
 from framework.storage import codec
 from framework.storage.backend import Storage, open_storage
 from framework.storage.memory import MemoryStorage
@@ -138,10 +141,14 @@ def sub_graph() -> GraphSpec:
     return GraphSpec(id="sub", goal_id="goal", entry_node="one", nodes=nodes, edges=[edge])
 
 
-def build_executor(storage: Storage, bodies: Bodies, concurrency: int) -> FlexibleGraphExecutor:
+def build_executor(
+    storage: Storage, bodies: Bodies, concurrency: int, recoveries: int, durability: str
+) -> FlexibleGraphExecutor:
     runtime = Runtime(MemoryStorage())
-    manager = CheckpointManager(storage)
-    config = ExecutorConfig(max_concurrency=concurrency, retry_delay_seconds=0)
+    manager = CheckpointManager(storage, CheckpointConfig.model_validate({"durability": durability}))
+    config = ExecutorConfig(
+        max_concurrency=concurrency, retry_delay_seconds=0, max_recovery_attempts=recoveries, max_total_steps=200
+    )
     executor = FlexibleGraphExecutor(runtime, config=config, checkpoint_manager=manager)
     for name in ("begin", "part", "flaky"):
         executor.register_function(name, getattr(bodies, name))
@@ -152,21 +159,38 @@ def build_executor(storage: Storage, bodies: Bodies, concurrency: int) -> Flexib
     return executor
 
 
-async def execute(url: str, ledger: str, mode: str, concurrency: int) -> dict[str, Any]:
+async def execute(
+    url: str,
+    ledger: str,
+    mode: str,
+    concurrency: int,
+    recoveries: int = 5,
+    durability: str = "sync",
+    hold: bool = False,
+) -> dict[str, Any]:
     """Do what ``mode`` says and return the result as plain data; a completed run is asked for a second time."""
     with open_storage(url) as storage:
         bodies = Bodies(ledger)
-        executor = build_executor(storage, bodies, concurrency)
+        executor = build_executor(storage, bodies, concurrency, recoveries, durability)
         if mode == "approve":
             [request] = await executor.pending_approvals(RUN_ID)
             answer = ApprovalResult(decision=ApprovalDecision.APPROVE)
-            await executor.answer_approval(RUN_ID, request.step_id, answer, request.request_id)
+            if hold:
+                print("ready", flush=True)
+                sys.stdin.readline()
+            _faults.reach("answer.before")
+            try:
+                await executor.answer_approval(RUN_ID, request.step_id, answer, request.request_id)
+            except ApprovalError as error:
+                return {"refused": str(error)}
+            _faults.reach("answer.after")
             return {"answered": request.step_id}
         if mode == "run":
             executor.set_approval_callback(bodies.ask)
         plan = build_plan()
         result = await executor.execute_plan(plan, GOAL, {"topic": "rivers"}, run_id=RUN_ID)
-        again = await executor.execute_plan(None, GOAL, run_id=RUN_ID) if mode == "run" else result
+        done = result.status is ExecutionStatus.COMPLETED
+        again = await executor.execute_plan(None, GOAL, run_id=RUN_ID) if done else result
         return {
             "status": result.status.value,
             "feedback": result.feedback,
@@ -176,6 +200,8 @@ async def execute(url: str, ledger: str, mode: str, concurrency: int) -> dict[st
             "completed": result.completed_steps,
             "executed": result.steps_executed,
             "recovered": result.steps_recovered,
+            "interrupted": result.attempts_interrupted,
+            "error": result.error,
             "reached": dict(_reached),
         }
 

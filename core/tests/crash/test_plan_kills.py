@@ -53,16 +53,19 @@ class Bench:
     def url(self) -> str:
         return f"sqlite:///{self.folder}/runs.db" if self.backend == "sqlite" else f"file://{self.folder}/store"
 
-    def live(self, fault: str | None = None, mode: str = "run") -> dict[str, Any] | None:
-        """One process from its start to its end; ``None`` when it was killed."""
-        self.before.append(self.log())
-        ledger = str(self.folder / "ledger.jsonl")
-        arguments = {"url": self.url, "ledger": ledger, "mode": mode, "concurrency": self.concurrency}
+    def start(self, arguments: dict[str, Any], fault: str | None = None) -> subprocess.Popen[str]:
+        known = {"url": self.url, "ledger": str(self.folder / "ledger.jsonl"), "concurrency": self.concurrency}
         environment = {**os.environ, "PYTHONPATH": str(CORE), "PYTHONWARNINGS": "error"}
         if fault is not None:
             environment["SUREFOOT_FAULT"] = fault
-        command = [sys.executable, str(PROGRAM), json.dumps(arguments)]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, str(PROGRAM), json.dumps({**known, **arguments})]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+    def live(self, fault: str | None = None, mode: str = "run", **more: Any) -> dict[str, Any] | None:
+        """One process from its start to its end; ``None`` when it was killed."""
+        self.before.append(self.log())
+        process = self.start({"mode": mode, **more}, fault)
         output, errors = process.communicate(timeout=50)
         self.pids.append(process.pid)
         if process.returncode == -signal.SIGKILL:
@@ -82,12 +85,13 @@ class Bench:
     def log(self) -> Log:
         with open_storage(self.url) as storage:
             records = parse_log(storage.read_log(RUN_ID)) if storage.find_run(RUN_ID) is not None else []
+            answers = [codec.decode(message.body)["step"] for message in storage.read_messages(RUN_ID)]
         steps = [record["node"] for record in records if record["kind"] == "step"]
         assert len(set(steps)) == len(steps), f"a step is in the log twice: {steps}"
         return Log(
             frozenset(steps),
             frozenset(f"{record['step']}@{record['attempt']}" for record in records if record["kind"] == "attempt"),
-            frozenset(record["node"] for record in records if record["kind"] == "approval_answer"),
+            frozenset(answers),
         )
 
     def check(self, expected: dict[str, Any], result: dict[str, Any] | None) -> None:
@@ -139,19 +143,88 @@ def test_killed_between_commits_over_files(tmp_path: Path, undisturbed: dict[str
     bench.check(undisturbed, bench.live())
 
 
-@pytest.mark.parametrize("point", ["commit.before", "commit.after"])
-def test_the_process_that_approves_is_killed(tmp_path: Path, undisturbed: dict[str, Any], point: str) -> None:
-    """Paused in one process, answered in another that dies around its commit, and finished in a third."""
-    bench = Bench(tmp_path)
+@pytest.mark.parametrize("backend", ["sqlite", "file"])
+@pytest.mark.parametrize("point", ["answer.before", "answer.after"])
+def test_the_process_that_approves_is_killed(
+    tmp_path: Path, undisturbed: dict[str, Any], point: str, backend: str
+) -> None:
+    """Paused in one process, answered in another that dies around its answer, and finished in a third."""
+    bench = Bench(tmp_path, backend=backend)
     waiting = bench.live(mode="wait")
     assert waiting is not None
     assert waiting["status"] == "awaiting_approval"
-    answered = bench.live(f"{point}:1", mode="approve")
-    if answered is None and not bench.log().answered:
-        answered = bench.live(mode="approve")
+    assert bench.live(f"{point}:1", mode="approve") is None
+    if point == "answer.before":
+        assert bench.log().answered == set()
+        assert bench.live(mode="approve") is not None
     assert bench.log().answered == {"gate"}
     bench.check(undisturbed, bench.live())
     assert bench.events("ask") == []
+
+
+@pytest.mark.parametrize("backend", ["sqlite", "file"])
+def test_of_processes_that_answer_at_once_one_wins(tmp_path: Path, undisturbed: dict[str, Any], backend: str) -> None:
+    bench = Bench(tmp_path, backend=backend)
+    assert bench.live(mode="wait") is not None
+    processes = [bench.start({"mode": "approve", "hold": True}) for _ in range(3)]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    told = []
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        output, errors = process.communicate(timeout=50)
+        assert process.returncode == 0, errors
+        told.append(json.loads(output.splitlines()[-1]))
+    refused = [each["refused"] for each in told if "refused" in each]
+    assert len(refused) == 2, told
+    assert all("answered already (approve)" in each for each in refused)
+    bench.check(undisturbed, bench.live())
+
+
+def test_a_step_that_ends_its_process_each_time_is_given_up(tmp_path: Path) -> None:
+    """With one commit for each recovery the count is durable before the step begins again."""
+    bench = Bench(tmp_path, concurrency=1)
+    lives = 0
+    while (result := bench.live("node.inside:1", recoveries=2)) is None:
+        lives += 1
+        assert lives < 9, "it would go on for ever"
+    assert lives == 1 + 2, "the first time, and two recoveries"
+    assert (result["status"], result["interrupted"], result["executed"]) == ("failed", 3, 1)
+    assert "ended its process 3 times in a row" in result["error"]
+    assert "'p1'" in result["error"]
+    assert [step for _, step in bench.events("start")].count(f"{RUN_ID}/p1") == 3
+    with open_storage(bench.url) as storage:
+        run = storage.find_run(RUN_ID)
+        assert run is not None
+        assert (run.state, run.error, run.owner) == (RunState.FAILED, result["error"], None)
+    # Called again, as by somebody who has seen to it, the count begins anew.
+    assert bench.live("node.inside:1", recoveries=2) is None
+    finished = bench.live()
+    assert finished is not None
+    assert (finished["status"], finished["interrupted"]) == ("completed", 4)
+
+
+@pytest.mark.parametrize("durability", ["async", "exit"])
+def test_it_is_given_up_whatever_the_durability(tmp_path: Path, durability: str) -> None:
+    bench = Bench(tmp_path, concurrency=1)
+    lives = 0
+    while (result := bench.live("node.inside:1", recoveries=1, durability=durability)) is None:
+        lives += 1
+        assert lives < 6, "it would go on for ever"
+    assert (result["status"], lives) == ("failed", 2)
+
+
+def test_a_plan_that_gets_on_between_kills_is_never_given_up(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    bench = Bench(tmp_path, concurrency=1)
+    while (result := bench.live("node.inside:2", recoveries=1)) is None:
+        assert bench.kills < 12
+    assert bench.kills >= 4
+    bench.check(undisturbed, result)
+    assert result["interrupted"] == bench.kills
 
 
 @pytest.mark.slow
@@ -177,8 +250,10 @@ def test_each_time_a_point_is_reached(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("backend", ["sqlite", "file"])
-def test_a_kill_after_every_commit(tmp_path: Path, undisturbed: dict[str, Any], backend: str) -> None:
-    bench = Bench(tmp_path, backend=backend)
-    while (result := bench.live("commit.after:1")) is None:
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_a_kill_after_every_commit(tmp_path: Path, undisturbed: dict[str, Any], backend: str, concurrency: int) -> None:
+    """What a sub-graph's run commits is progress of the plan, too: one recovery is enough each time."""
+    bench = Bench(tmp_path, backend=backend, concurrency=concurrency)
+    while (result := bench.live("commit.after:1", recoveries=1)) is None:
         assert bench.kills < 40
     bench.check(undisturbed, result)

@@ -86,9 +86,9 @@ async def test_the_first_success_ends_the_visit(visit: Visiting, sleep: AsyncMoc
     body = Body(fail, boom, succeed)
     made = await visit(body, max_retries=5)
     assert made.result.output == {"x": 1}
-    assert (made.attempts, made.tokens, made.latency_ms) == (3, 5, 12)
+    assert (made.attempts, made.spent.tokens, made.spent.latency_ms) == (3, 5, 12)
     assert body.attempts == [1, 2, 3]
-    assert [(each.attempt, each.error, each.tokens, each.delay_seconds) for each in visit.failed] == [
+    assert [(each.attempt, each.error, each.spent.tokens, each.delay_seconds) for each in visit.failed] == [
         (1, "no", 2, 1.0),
         (2, "boom", 0, 2.0),
     ]
@@ -100,7 +100,7 @@ async def test_the_last_failure_ends_the_visit(visit: Visiting, sleep: AsyncMock
     assert not made.result.success
     assert made.error == "failed after 3 attempts: no"
     assert len(visit.failed) == 2, "the last one is the visit's result"
-    assert made.tokens == 6
+    assert made.spent.tokens == 6
 
 
 @pytest.mark.parametrize(("retries", "expected"), [(0, 1), (-3, 1), (1, 1), (2, 2)])

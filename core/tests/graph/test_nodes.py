@@ -327,7 +327,10 @@ async def test_llm_double_may_be_a_mock(with_tools: bool) -> None:
     expected = {"messages", "system", "tools", "tool_executor"} if with_tools else {"messages", "system"}
     assert set(called.call_args.kwargs) == expected
     if with_tools:
-        assert called.call_args.kwargs["tool_executor"] is executor
+        given = called.call_args.kwargs["tool_executor"]
+        assert given == executor  # guarded: a thread that nobody waits for calls no further tool
+        given("use")
+        executor.assert_called_once_with("use")
 
 
 async def test_llm_does_not_block_the_event_loop() -> None:

@@ -21,7 +21,7 @@ TOOL = Tool("add", "Adds.", {"type": "object"})
 
 def test_replies_in_order_then_a_clear_error() -> None:
     llm = ScriptedLLM(["a", LLMResponse("b", "other", input_tokens=7, output_tokens=1)], model="m")
-    assert llm.complete(messages=ASK, system="be kind") == LLMResponse("a", "m", 5, 1, "end_turn")
+    assert llm.complete(messages=ASK, system="be kind") == LLMResponse("a", "m", 5, 1, "end_turn", cost=3e-05)
     assert llm.complete(messages=ASK, system=None).content == "b"
     with pytest.raises(ScriptExhausted, match="called 3 times, but its script has 2 replies") as caught:
         llm.complete(messages=ASK)
@@ -117,6 +117,41 @@ def test_the_ledger_is_told_every_answered_call() -> None:
     assert [(call.number, call.content, call.system) for call in ledger] == [(1, "a", "s"), (2, "", "")]
     assert ledger[1].tool_calls[0].name == "add"
     assert sum(call.cost_usd for call in ledger) == pytest.approx(llm.cost_usd)
+
+
+def test_a_mapping_answers_by_what_is_asked_whatever_came_before() -> None:
+    script: dict[str, Any] = {
+        "weather": [ToolUse("t", "add", {"a": 1}), [ToolUse("u", "add", {}), ToolUse("v", "add", {})], "sunny"],
+        "two": "found in the message",
+        "": "anything else",
+    }
+    for llm in (ScriptedLLM(script), ScriptedLLM(script)):  # the second one as after a restart
+        used: list[str] = []
+
+        def run(use: ToolUse, used: list[str] = used) -> ToolResult:
+            used.append(use.id)
+            return ToolResult(use.id, "ok")
+
+        assert llm.complete(messages=ASK).content == "found in the message"
+        assert llm.complete_with_tools(ASK, "the weather", [TOOL], run).content == "sunny"
+        assert used == ["t", "u", "v"]
+        assert llm.complete(messages=[{"role": "user", "content": "x"}]).content == "anything else"
+    with pytest.raises(ScriptExhausted, match="no reply to 'one two three'.*knows: \\['four'\\]"):
+        ScriptedLLM({"four": "5"}).complete(messages=ASK)
+    with pytest.raises(ScriptExhausted, match="turn 3 of 'one'"):
+        ScriptedLLM({"one": ["a", "b"]}).complete([*ASK, *({"role": "assistant", "content": said} for said in "ab")])
+
+
+async def test_it_can_be_asked_the_async_way() -> None:
+    llm = ScriptedLLM(["a", ToolUse("t", "add", {}), "b"])
+
+    async def run(use: ToolUse) -> ToolResult:
+        return ToolResult(use.id, "1")
+
+    assert (await llm.acomplete(messages=ASK)).content == "a"
+    reply = await llm.acomplete_with_tools(messages=ASK, system="", tools=[TOOL], tool_executor=run)
+    assert reply.content == "b"
+    assert reply.cost == pytest.approx(llm.cost_usd - 3 * 3e-6 - 15e-6)
 
 
 def test_threads_share_one_script() -> None:

@@ -12,76 +12,22 @@ from unittest.mock import MagicMock
 import pytest
 
 from framework.errors import ApprovalError
-from framework.graph.checkpoint_manager import CheckpointManager
-from framework.graph.flexible_executor import ExecutorConfig, FlexibleGraphExecutor
-from framework.graph.goal import Goal
+from framework.graph.code_sandbox import CodeSandbox
+from framework.graph.flexible_executor import FlexibleGraphExecutor
 from framework.graph.plan import (
     ActionSpec,
-    ApprovalDecision,
     ApprovalRequest,
     ApprovalResult,
     ExecutionStatus,
     Judgment,
     JudgmentAction,
-    Plan,
     PlanStep,
     StepStatus,
 )
 from framework.graph.plan_planner import canonical, request_id
-from framework.llm.provider import Tool, ToolUse
+from framework.llm.scripted import ScriptedLLM
 from framework.runtime.core import Runtime
-from framework.storage.backend import open_storage
-
-GOAL = Goal(id="g", name="G", description="d")
-
-
-def answer(decision: str, **fields: Any) -> ApprovalResult:
-    return ApprovalResult(decision=ApprovalDecision(decision), **fields)
-
-
-def step(step_id: str, args: dict[str, Any] | None = None, **fields: Any) -> PlanStep:
-    kind = fields.pop("kind", "function")
-    own = {"tool_name": "work", "tool_args": args or {}}
-    if kind == "function":
-        own = {"function_name": "work", "function_args": args or {}}
-    action = ActionSpec.model_validate({"action_type": kind, **own})
-    return PlanStep(id=step_id, description=step_id, action=action, requires_approval=True, **fields)
-
-
-def plan(*steps: PlanStep) -> Plan:
-    return Plan(id="p", goal_id="g", description="d", steps=list(steps))
-
-
-class Bench:
-    """An executor whose function and tool note what they are called with."""
-
-    def __init__(self, *, durable: bool = False, concurrency: int = 1, judge: Any = None) -> None:
-        self.calls: list[Any] = []
-        self.asked: list[ApprovalRequest] = []
-        self.executor = FlexibleGraphExecutor(
-            MagicMock(spec=Runtime),
-            tools=[Tool(name="work", description="")],
-            tool_executor=self._use,
-            judge=judge,
-            config=ExecutorConfig(retry_delay_seconds=0, max_retries_per_step=1, max_concurrency=concurrency),
-            checkpoint_manager=CheckpointManager(open_storage("memory://")) if durable else None,
-        )
-
-    def functions(self) -> Bench:
-        self.executor.register_function("work", lambda **given: self.calls.append(given))
-        return self
-
-    def _use(self, use: ToolUse) -> str:
-        self.calls.append(use.input)
-        return "ok"
-
-    def always(self, given: Any) -> Bench:
-        def callback(request: ApprovalRequest) -> Any:
-            self.asked.append(request)
-            return given
-
-        self.executor.set_approval_callback(callback)
-        return self
+from tests.plans.gate_kit import GOAL, Bench, answer, plan, step
 
 
 @pytest.mark.parametrize("kind", ["function", "tool_use"])
@@ -177,8 +123,8 @@ async def test_an_unusable_answer_of_a_callback_fails_the_step(changes: dict[str
 
 
 _IDENTITY = """
-from tests.plans.test_approval_gate import canonical, plan, request_id, step
-from framework.graph.plan_planner import fingerprint
+from tests.plans.gate_kit import plan, step
+from framework.graph.plan_planner import canonical, fingerprint, request_id
 a = step("a", {"x": {"alpha", "beta", "gamma", "delta"}, "y": {(1, 2): 3, "z": 4}})
 print(fingerprint(canonical(plan(a))), request_id(a, 1, b"", 0))
 """
@@ -244,3 +190,75 @@ async def test_an_answer_is_used_up_by_the_execution(judge: type[EscalatesOnce])
     await bench.executor.answer_approval("r", "a", answer("approve"))
     result = await bench.executor.execute_plan(None, GOAL, run_id="r")
     assert (result.status, len(bench.calls)) == (ExecutionStatus.COMPLETED, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "taken"),
+    [
+        ("function", {"tool_args": {"x": 2}}, "inputs and function_args"),
+        ("tool_use", {"function_args": {"x": 2}}, "inputs and tool_args"),
+        ("function", {"prompt": "please"}, "inputs and function_args"),
+        ("function", {"inputs": {"x": 2}, "code": "x = 1"}, "inputs and function_args"),
+    ],
+)
+@pytest.mark.parametrize("by_callback", [False, True])
+async def test_only_what_the_step_takes_can_be_modified(
+    kind: str, changes: dict[str, Any], taken: str, by_callback: bool
+) -> None:
+    bench = Bench(durable=True).functions()
+    the_plan = plan(step("a", {"x": 1}, kind=kind))
+    if by_callback:
+        bench.always(answer("modify", modifications=changes))
+        result = await bench.executor.execute_plan(the_plan, GOAL, run_id="r")
+        assert result.status is ExecutionStatus.NEEDS_REPLAN
+        assert f"only {taken}" in str(the_plan.steps[0].error)
+    else:
+        await bench.executor.execute_plan(the_plan, GOAL, run_id="r")
+        with pytest.raises(ApprovalError, match=f"only {taken}"):
+            await bench.executor.answer_approval("r", "a", answer("modify", modifications=changes))
+        assert len(await bench.executor.pending_approvals("r")) == 1
+    assert bench.calls == []
+
+
+async def test_a_prompt_can_be_modified_where_there_is_one() -> None:
+    prompts: list[str] = []
+
+    def model(messages: Any, system: Any, tools: Any) -> str:
+        prompts.append(messages[0]["content"])
+        return "fine"
+
+    executor = FlexibleGraphExecutor(MagicMock(spec=Runtime), llm=ScriptedLLM(model))
+    executor.set_approval_callback(lambda request: answer("modify", modifications={"prompt": "write less"}))
+    action = ActionSpec.model_validate({"action_type": "llm_call", "prompt": "write"})
+    asking = PlanStep(id="a", description="", action=action, requires_approval=True)
+    assert (await executor.execute_plan(plan(asking), GOAL)).status is ExecutionStatus.COMPLETED
+    assert prompts == ["write less"]
+
+
+async def test_a_decision_that_is_none_is_no_abort() -> None:
+    unchecked: Any = {"decision": "approve", "modifications": {}}
+    bench = Bench().functions().always(ApprovalResult.model_construct(**unchecked))
+    the_plan = plan(step("a", {"x": 1}))
+    result = await bench.executor.execute_plan(the_plan, GOAL)
+    assert (result.status, bench.calls) == (ExecutionStatus.NEEDS_REPLAN, [])
+    assert "not an ApprovalDecision" in str(the_plan.steps[0].error)
+
+
+@pytest.mark.parametrize(
+    ("code", "names", "status"),
+    [
+        ("import os", None, ExecutionStatus.NEEDS_ESCALATION),
+        ("x = (", None, ExecutionStatus.NEEDS_REPLAN),
+        ("x = hash(1)", {"len"}, ExecutionStatus.NEEDS_ESCALATION),
+    ],
+)
+async def test_nobody_is_asked_about_code_that_will_be_refused(
+    code: str, names: set[str] | None, status: ExecutionStatus
+) -> None:
+    bench = Bench().always(answer("approve"))
+    bench.executor.worker.resources.sandbox = CodeSandbox(safe_builtins=names)
+    action = ActionSpec.model_validate({"action_type": "code_execution", "code": code})
+    the_plan = plan(PlanStep(id="c", description="", action=action, requires_approval=True))
+    result = await bench.executor.execute_plan(the_plan, GOAL)
+    assert (result.status, bench.asked) == (status, [])
+    assert "Refused, so nobody was asked" in str(the_plan.steps[0].error)

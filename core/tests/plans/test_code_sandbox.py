@@ -6,20 +6,21 @@ the interpreter it runs in has to hold.
 
 from __future__ import annotations
 
-import builtins
+import importlib.util
 import json
 import subprocess
 import sys
 import threading
 import time
 from enum import StrEnum
-from typing import Any
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 
+import framework
 from framework.graph import code_sandbox
-from framework.graph.code_checks import MAX_CODE_CHARS, MAX_NAMES, SAFE_BUILTINS, CheckedCode, check_code
+from framework.graph.code_checks import MAX_CODE_CHARS, MAX_NAMES, SAFE_BUILTINS, CheckedCode, check_code, needed_names
 from framework.graph.code_sandbox import CodeSandbox, SandboxResult, safe_eval, safe_exec
 
 ESCAPES = {
@@ -206,18 +207,61 @@ def test_limits_hold_in_any_thread() -> None:
 
 
 def test_without_the_extra_the_error_says_what_to_install() -> None:
-    real = builtins.__import__
-
-    def no_monty(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "pydantic_monty":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    with patch.object(builtins, "__import__", no_monty), patch.dict(sys.modules):
-        sys.modules.pop("pydantic_monty", None)
+    with patch.object(importlib.util, "find_spec", lambda name: None):
         result = safe_exec("x = 1")
     assert result.error_type == "configuration"
     assert "surefoot[sandbox]" in str(result.error)
+
+
+def test_an_interpreter_that_cannot_be_started_is_a_matter_of_configuration() -> None:
+    with patch.object(code_sandbox, "_interpreter", lambda: "/nowhere/monty"):
+        result = safe_exec("x = 1")
+    assert result.error_type == "configuration"
+    assert "cannot be started" in str(result.error)
+
+
+def test_the_check_alone_says_what_execution_would_refuse() -> None:
+    default, printing = CodeSandbox(), CodeSandbox(safe_builtins={"print"})
+    assert default.check("x = len([1])") == []
+    assert default.check("print(1)") == ["the builtin 'print' is blocked (line 1)"]
+    assert printing.check("print(1)") == []
+    assert printing.check("x = len([1])") == ["the builtin 'len' is blocked (line 1)"]
+    assert default.check("x = open + 1") != []
+    assert default.check("x = open + 1", inputs=["open"]) == []
+    assert default.check("def f(:")[0].startswith("SyntaxError")
+
+
+def test_what_code_takes_from_the_context_is_the_same_whatever_it_may_use() -> None:
+    code = "a = b + len(c)\nd = a\nprint(d)\ne = e + 1"
+    assert needed_names(code) == {"b", "c", "e", "len", "print"}
+    for allowed in (SAFE_BUILTINS, frozenset[str]()):
+        assert check_code(code, allowed=allowed).needed == needed_names(code)
+    assert needed_names("def f(:") == set()
+
+
+def test_the_process_between_imports_little_and_finds_what_the_program_finds() -> None:
+    """Each piece of code pays for what is imported there: see docs/adr/0008-code-sandbox.md."""
+    program = (
+        "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+        "from framework.graph import sandbox_host; before = set(sys.modules); "
+        "sandbox_host.import_codec(); "
+        "print(json.dumps([sorted(before), sorted(sys.modules)]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", program, json.dumps(sys.path)], capture_output=True, text=True, check=True
+    )
+    before, after = json.loads(done.stdout)
+    mine = {"framework", "framework.errors", "framework.graph", "framework.graph.sandbox_host"}
+    assert {name for name in before if name.startswith("framework")} == mine
+    assert {name for name in after if name.startswith("framework")} == {
+        *mine,
+        "framework.storage",
+        "framework.storage.codec",
+    }
+    assert not {"pydantic", "pydantic_core", "asyncio", "secrets", "site"} & {*before, *after}
+    elsewhere = [folder for folder in sys.path if Path(folder).resolve() != Path(framework.__file__).parents[1]]
+    with patch.object(sys, "path", elsewhere):
+        assert safe_exec("result = 1").result == 1, "the package was found otherwise than by sys.path"
 
 
 LAUGHS = """

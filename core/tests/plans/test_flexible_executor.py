@@ -6,10 +6,11 @@ import asyncio
 import os
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import AsyncMock, MagicMock
 
 import pytest
 
+from framework.graph.checkpoint_manager import CheckpointManager
 from framework.graph.flexible_executor import ExecutorConfig, FlexibleGraphExecutor, execute_plan
 from framework.graph.goal import Goal
 from framework.graph.judge import HybridJudge
@@ -20,14 +21,19 @@ from framework.graph.plan import (
     ApprovalResult,
     EvaluationRule,
     ExecutionStatus,
+    Judgment,
     JudgmentAction,
     Plan,
     PlanExecutionResult,
     PlanStep,
     StepStatus,
 )
+from framework.graph.worker_actions import StepExecutionResult
+from framework.llm.provider import LLMResponse
 from framework.llm.scripted import ScriptedLLM
 from framework.runtime.core import Runtime
+from framework.storage.backend import open_storage
+from framework.storage.memory import MemoryStorage
 
 GOAL = Goal(id="g", name="G", description="d")
 AT_ONCE = {"retry_delay_seconds": 0.0}
@@ -286,6 +292,115 @@ async def test_a_judge_that_raises_fails_the_run_with_what_was_done() -> None:
     assert work.steps[1].status is StepStatus.PENDING
 
 
+async def test_a_judge_that_returns_no_judgement_fails_the_run() -> None:
+    bench = Bench()
+    bench.executor.judge = MagicMock()
+    bench.executor.judge.evaluate = AsyncMock(return_value=None)
+    result = await bench.run(plan(step("a")))
+    assert (result.status, bench.calls) == (ExecutionStatus.FAILED, [None])
+    assert "it returned NoneType, not a Judgment" in str(result.error)
+
+
+class Judge:
+    """Accepts, and says what it has used; or never comes to an end."""
+
+    def __init__(self, tokens: Any = 0, hangs: bool = False) -> None:
+        self.tokens, self.hangs = tokens, hangs
+
+    async def evaluate(self, *_: Any, **__: Any) -> Judgment:
+        if self.hangs:
+            await asyncio.Event().wait()
+        return Judgment(action=JudgmentAction.ACCEPT, reasoning="fine", context={"tokens_used": self.tokens})
+
+
+async def test_a_judge_that_takes_too_long_is_left_to_a_person() -> None:
+    bench = Bench(timeout_seconds=0.02)
+    bench.executor.judge = Judge(hangs=True)
+    work = plan(step("a"))
+    result = await bench.run(work)
+    assert result.status is ExecutionStatus.NEEDS_ESCALATION
+    assert "no judgement within 0.02 s" in str(result.feedback)
+    assert work.steps[0].status is StepStatus.PENDING
+
+
+@pytest.mark.parametrize(("tokens", "counted"), [(7, 7), (0, 0), (-1, 0), ("7", 0), (True, 0)])
+async def test_tokens_of_the_judge_count(tokens: Any, counted: int) -> None:
+    bench = Bench()
+    bench.executor.judge = Judge(tokens)
+    assert (await bench.run(plan(step("a"), step("b")))).total_tokens == 2 * counted
+
+
+async def test_tokens_of_the_default_judge_count() -> None:
+    llm = ScriptedLLM([LLMResponse("ACTION: accept\nCONFIDENCE: 1", "m", input_tokens=3, output_tokens=4)])
+    executor = FlexibleGraphExecutor(MagicMock(spec=Runtime), llm=llm, judge=HybridJudge(llm))
+    executor.register_function("work", lambda x=None: x)
+    assert (await executor.execute_plan(plan(step("a")), GOAL)).total_tokens == 7
+
+
+@pytest.mark.parametrize("durable", [False, True])
+async def test_names_that_are_no_texts_are_a_failed_result(durable: bool) -> None:
+    bench = Bench()
+    if durable:
+        bench.executor.checkpoint_manager = CheckpointManager(open_storage("memory://"))
+    odd: Any = {1: "one"}
+    result = await bench.executor.execute_plan(plan(step("a")), GOAL, odd)
+    assert result.status is ExecutionStatus.FAILED
+    assert "the context: the name 1 is a int" in str(result.error)
+    work = plan(step("a"))
+    work.context[2] = "two"  # type: ignore[index]
+    assert "the name 2" in str((await bench.executor.execute_plan(work, GOAL)).error)
+    worker = MagicMock()
+    worker.execute = AsyncMock(return_value=StepExecutionResult(True, outputs={3: "three"}))  # type: ignore[dict-item]
+    bench.executor.worker = worker
+    result = await bench.executor.execute_plan(plan(step("a")), GOAL)
+    assert result.status is ExecutionStatus.NEEDS_REPLAN
+    assert "the outputs of step 'a': the name 3" in str(result.feedback)
+
+
+async def test_what_happens_is_told_to_those_who_watch() -> None:
+    runtime = Runtime(MemoryStorage())
+    told: list[Any] = []
+    runtime.add_listener(told.append)
+    executor = FlexibleGraphExecutor(runtime, config=ExecutorConfig(retry_delay_seconds=0, max_retries_per_step=2))
+    executor.checkpoint_manager = CheckpointManager(open_storage("memory://"))
+    fails = [True, False, True, True]
+
+    def flaky() -> None:
+        if fails.pop(0):
+            raise RuntimeError("no")
+
+    executor.register_function("work", lambda x=None: x)
+    executor.register_function("flaky", flaky)
+    work = plan(step("a"), step("b", "a", call="flaky"), step("c", "b", call="flaky"))
+    result = await executor.execute_plan(work, GOAL, run_id="r")
+    assert result.status is ExecutionStatus.NEEDS_REPLAN
+    assert [(each.kind, each.node_id, each.attempt) for each in told] == [
+        ("run_started", None, 0),
+        ("step_started", "a", 1),
+        ("step_finished", "a", 1),
+        ("step_started", "b", 1),
+        ("attempt_failed", "b", 1),
+        ("step_finished", "b", 2),
+        ("step_started", "c", 1),
+        ("attempt_failed", "c", 1),
+        ("step_failed", "c", 2),
+        ("run_ended", None, 0),
+    ]
+    assert {each.run_id for each in told} == {"r"}
+    assert (told[2].step, told[-1].detail) == ("a#1", "failed")
+    assert "no" in told[-2].error
+    assert "'c'" in told[-1].error
+    told.clear()
+    fails = [False]
+    await executor.execute_plan(None, GOAL, run_id="r")
+    assert [(each.kind, each.detail) for each in told] == [
+        ("run_resumed", "2 steps recovered"),
+        ("step_started", None),
+        ("step_finished", None),
+        ("run_ended", "completed"),
+    ]
+
+
 # --- approvals ------------------------------------------------------------------------------------------------------
 
 
@@ -353,12 +468,23 @@ async def test_an_abort_ends_the_run_at_once() -> None:
     assert "stop it" in str(result.feedback)
 
 
-@pytest.mark.parametrize("callback", [lambda request: None, lambda request: 1 / 0])
-async def test_a_callback_that_does_not_answer_fails_the_run(callback: Any) -> None:
+@pytest.mark.parametrize(
+    ("callback", "why"),
+    [(lambda request: None, "returned NoneType, not an ApprovalResult"), (lambda request: 1 / 0, "ZeroDivisionError")],
+)
+async def test_a_callback_that_does_not_answer_leaves_the_step_waiting(callback: Any, why: str) -> None:
     bench = Bench()
     bench.executor.set_approval_callback(callback)
-    result = await bench.run(plan(step("a"), step("b", requires_approval=True)))
-    assert (result.status, result.completed_steps) == (ExecutionStatus.FAILED, ["a"])
+    work = plan(step("a"), step("b", requires_approval=True, args={"x": 2}))
+    result = await bench.run(work)
+    assert (result.status, result.completed_steps) == (ExecutionStatus.AWAITING_APPROVAL, ["a"])
+    assert (work.steps[1].status, work.steps[1].attempts) == (StepStatus.AWAITING_APPROVAL, 0)
+    assert why in str(result.feedback)
+    assert why in str(bench.runtime.report_problem.call_args_list)
+    assert [each.step_id for each in result.pending_approvals] == ["b"]
+    bench.executor.set_approval_callback(lambda request: answers("approve"))
+    assert (await bench.run(work)).status is ExecutionStatus.COMPLETED
+    assert bench.calls == [None, 2]
 
 
 async def test_a_step_that_lacks_data_is_not_asked_about() -> None:

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from framework import _secrets
 from framework.graph.goal import Goal
 from framework.graph.judge import HybridJudge, create_default_judge
 from framework.graph.plan import ActionSpec, ActionType, EvaluationRule, JudgmentAction, PlanStep
+from framework.llm.provider import LLMResponse
 from framework.llm.scripted import ScriptedLLM
 
 GOAL = Goal(id="g", name="Goal", description="d")
@@ -23,6 +25,22 @@ def rule(rule_id: str, condition: str, action: JudgmentAction = JudgmentAction.R
     return EvaluationRule(id=rule_id, description=f"because {rule_id}", condition=condition, action=action, **fields)
 
 
+@pytest.mark.parametrize("before", [0, 170, 185, 190])
+async def test_the_reason_why_no_model_could_be_asked_tells_no_part_of_a_secret(before: int) -> None:
+    class Leaky:
+        def complete(self, **_: Any) -> LLMResponse:
+            raise ConnectionError("x" * before + " sk-very-secret-value")
+
+    _secrets.register_secret("sk-very-secret-value")
+    try:
+        judgment = await HybridJudge(llm=Leaky()).evaluate(step(), "result", GOAL)
+    finally:
+        _secrets.forget_secrets()
+    assert judgment.action is JudgmentAction.ESCALATE
+    assert "ConnectionError" in judgment.reasoning
+    assert "sk-" not in judgment.model_dump_json()
+
+
 @pytest.mark.parametrize(
     ("result", "attempts", "expected", "action"),
     [
@@ -34,6 +52,9 @@ def rule(rule_id: str, condition: str, action: JudgmentAction = JudgmentAction.R
         ({"success": False, "error_type": "timeout"}, 2, "transient_error_retry", JudgmentAction.RETRY),
         ({"success": False, "error_type": "missing_data"}, 1, "missing_data_replan", JudgmentAction.REPLAN),
         ({"success": False, "error": "odd"}, 1, None, JudgmentAction.RETRY),
+        ({"success": False, "error": "odd", "transient": None}, 1, None, JudgmentAction.RETRY),
+        ({"success": False, "error_type": "llm_error", "transient": False}, 1, None, JudgmentAction.REPLAN),
+        ({"success": True, "transient": False}, 1, "explicit_success", JudgmentAction.ACCEPT),
         ("plain text", 1, None, JudgmentAction.ACCEPT),
         ("plain text", 3, None, JudgmentAction.ACCEPT),
     ],
@@ -128,3 +149,32 @@ async def test_a_model_that_fails_means_a_person() -> None:
     judgment = await HybridJudge(llm=ScriptedLLM([ConnectionError("down")])).evaluate(step(), {"success": True}, GOAL)
     assert judgment.action is JudgmentAction.ESCALATE
     assert "down" in judgment.reasoning
+
+
+@pytest.mark.parametrize(
+    ("content", "action"),
+    [("ACTION: accept", JudgmentAction.ACCEPT), ("CONFIDENCE: 0.1", JudgmentAction.ESCALATE)],
+)
+async def test_what_the_model_cost_is_in_the_judgment(content: str, action: JudgmentAction) -> None:
+    reply = LLMResponse(content=content, model="m", input_tokens=30, output_tokens=4)
+    judgment = await HybridJudge(llm=ScriptedLLM([reply])).evaluate(step(), {"success": True}, GOAL)
+    assert (judgment.action, judgment.context["tokens_used"]) == (action, 34)
+
+
+async def test_a_reply_that_cannot_be_read_has_cost_something_too() -> None:
+    class Odd:
+        input_tokens, output_tokens = 30, 4
+
+    class Model:
+        async def complete(self, **_: Any) -> Any:
+            return Odd()
+
+    judgment = await HybridJudge(llm=Model()).evaluate(step(), {"success": True}, GOAL)
+    assert (judgment.action, judgment.context) == (JudgmentAction.ESCALATE, {"tokens_used": 34})
+    failed = await HybridJudge(llm=ScriptedLLM([ConnectionError("down")])).evaluate(step(), {"success": True}, GOAL)
+    assert failed.context == {"tokens_used": 0}
+
+
+async def test_without_a_model_nothing_is_said_of_its_cost() -> None:
+    assert (await create_default_judge().evaluate(step(), {"success": True}, GOAL)).context == {}
+    assert (await HybridJudge().evaluate(step(), {"success": True}, GOAL)).context == {}

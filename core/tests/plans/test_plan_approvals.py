@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from framework.errors import ApprovalError, ResumeError, RunBusy, RunNotFound
+from framework.errors import ApprovalError, ResumeError, RunNotFound
 from framework.graph.checkpoint_manager import CheckpointManager
 from framework.graph.flexible_executor import ExecutorConfig, FlexibleGraphExecutor
 from framework.graph.goal import Goal
@@ -23,7 +23,11 @@ from framework.graph.plan import (
     Plan,
     PlanStep,
 )
+from framework.graph.plan_run import progress_of
+from framework.graph.plan_state import PlanState
+from framework.graph.run_opening import Definition
 from framework.runtime.core import Runtime
+from framework.schemas.checkpoint import ExecutorType
 from framework.schemas.run import RunState
 from framework.storage.backend import open_storage
 
@@ -323,14 +327,14 @@ async def test_several_wait_at_once_when_several_may_run(new_process: NewProcess
     assert (await new_process().execute_plan(None, GOAL, run_id="r")).status is ExecutionStatus.COMPLETED
 
 
-async def test_of_two_answers_at_the_same_time_one_is_stored(new_process: NewProcess) -> None:
+async def test_of_several_answers_at_the_same_time_one_is_stored(new_process: NewProcess) -> None:
     await new_process().execute_plan(gated(), GOAL, run_id="r")
     outcomes = await asyncio.gather(
         *(new_process().answer_approval("r", "publish", answer(word)) for word in ("approve", "reject", "abort")),
         return_exceptions=True,
     )
     assert sum(outcome is None for outcome in outcomes) == 1, outcomes
-    assert all(outcome is None or isinstance(outcome, (ApprovalError, RunBusy)) for outcome in outcomes), outcomes
+    assert all(outcome is None or isinstance(outcome, ApprovalError) for outcome in outcomes), outcomes
 
 
 async def test_answers_to_nothing_are_refused(new_process: NewProcess) -> None:
@@ -345,3 +349,37 @@ async def test_answers_to_nothing_are_refused(new_process: NewProcess) -> None:
             await executor.answer_approval("r", step_id, answer("approve"))
     with pytest.raises(ResumeError, match="no checkpoint manager"):
         await FlexibleGraphExecutor(MagicMock()).pending_approvals("r")
+
+
+async def test_an_answer_that_an_earlier_version_stored_is_used(new_process: NewProcess, calls: list[Any]) -> None:
+    """It is a part of the plan's state, and there is no message."""
+    await new_process().execute_plan(gated(), GOAL, run_id="r")
+    executor = new_process()
+    manager = executor.checkpoint_manager
+    assert manager is not None
+    definition = Definition(
+        id="",
+        executor_type=ExecutorType.FLEXIBLE,
+        goal_id="",
+        fingerprint="",
+        body={},
+        describe=lambda old, new: [],
+        accept=lambda found: None,
+    )
+    opened = await manager.open_session(
+        definition, "r", initial={}, input_data={}, header={}, on_problem=lambda problem: None
+    )
+    assert opened.session is not None
+    assert opened.restored is not None
+    state = PlanState.restore(opened.restored.values, opened.restored.body, None)
+    asked = state.standing("publish").approval
+    assert asked is not None
+    asked.answer = answer("modify", modifications={"inputs": {"x": "edited"}})
+    state.keep_approval(state.plan.steps[1])
+    progress = progress_of(state, state.plan.steps[1], "publish", RunState.PAUSED)
+    await opened.session.note({"kind": "approval_answer"}, (), progress, state.scopes, state=RunState.PAUSED)
+    assert await new_process().pending_approvals("r") == []
+    with pytest.raises(ApprovalError, match="answered already"):
+        await new_process().answer_approval("r", "publish", answer("approve"))
+    result = await new_process().execute_plan(None, GOAL, run_id="r")
+    assert (result.status, calls[1]) == (ExecutionStatus.COMPLETED, "edited")

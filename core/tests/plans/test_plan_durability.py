@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -11,77 +10,24 @@ from unittest.mock import MagicMock
 import pytest
 
 from framework.errors import DefinitionChanged, LeaseLost, ResumeError, RunBusy, RunNotFound, StorageError
-from framework.graph.checkpoint_manager import CheckpointManager
 from framework.graph.edge import GraphSpec
 from framework.graph.executor import GraphExecutor
-from framework.graph.flexible_executor import ExecutorConfig, FlexibleGraphExecutor
+from framework.graph.flexible_executor import FlexibleGraphExecutor
 from framework.graph.goal import Goal
 from framework.graph.node import NodeSpec
-from framework.graph.plan import ActionSpec, ExecutionStatus, Plan, PlanExecutionResult, PlanStep, StepStatus
+from framework.graph.plan import (
+    ExecutionStatus,
+    Judgment,
+    JudgmentAction,
+    Plan,
+    PlanExecutionResult,
+    PlanStep,
+    StepStatus,
+)
 from framework.runtime.core import Runtime
-from framework.schemas.checkpoint import CheckpointConfig
 from framework.schemas.run import RunState
-from framework.storage.backend import Storage, open_storage
-
-GOAL = Goal(id="g", name="G", description="d")
-
-
-def step(step_id: str, *needs: str, call: str = "work", **fields: Any) -> PlanStep:
-    args = fields.pop("args", {})
-    action = ActionSpec.model_validate({"action_type": "function", "function_name": call, "function_args": args})
-    return PlanStep(id=step_id, description=step_id, action=action, dependencies=list(needs), **fields)
-
-
-def plan(*steps: PlanStep, **fields: Any) -> Plan:
-    return Plan(id="p", goal_id="g", description="d", steps=list(steps), **fields)
-
-
-class Places:
-    """A store that processes come and go to; each ``process`` opens it anew, and all note what they call."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.calls: list[Any] = []
-        self.broken: set[Any] = set()
-        self.stores: list[Storage] = []
-
-    def process(self, config: dict[str, Any] | None = None, **settings: Any) -> FlexibleGraphExecutor:
-        store = open_storage(self.url)
-        self.stores.append(store)
-        executor = FlexibleGraphExecutor(
-            MagicMock(spec=Runtime),
-            config=ExecutorConfig(**{"retry_delay_seconds": 0.0, **settings}),
-            checkpoint_manager=CheckpointManager(store, CheckpointConfig.model_validate(config or {})),
-        )
-        executor.register_function("work", self.work)
-        return executor
-
-    def work(self, x: Any = None) -> Any:
-        self.calls.append(x)
-        if x in self.broken:
-            raise RuntimeError(f"no {x}")
-        return x
-
-    @property
-    def store(self) -> Storage:
-        return self.stores[-1]
-
-
-@pytest.fixture(params=["sqlite", "file"])
-def places(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Places]:
-    url = f"sqlite:///{tmp_path}/runs.db" if request.param == "sqlite" else f"file://{tmp_path}/store"
-    made = Places(url)
-    yield made
-    for store in made.stores:
-        store.close()
-
-
-def chain(**changes: Any) -> Plan:
-    return plan(
-        step("a", args={"x": 1}, expected_outputs=["one"]),
-        step("b", "a", args={"x": "$one"}, expected_outputs=["two"], **changes),
-        step("c", "b", args={"x": 3}),
-    )
+from framework.storage import codec
+from tests.plans.plan_kit import GOAL, Places, chain, plan, step
 
 
 async def test_a_run_is_started_resumed_and_returned_by_the_same_call(places: Places) -> None:
@@ -462,3 +408,65 @@ async def test_a_commit_that_fails(places: Places, monkeypatch: pytest.MonkeyPat
     stored = await places.process().execute_plan(None, GOAL, run_id="r")
     assert stored.results == result.results == {"result": 3, "one": 1, "two": 1}
     assert stored.completed_steps == ["a", "b", "c"]
+
+
+# --- what else a run has --------------------------------------------------------------------------------------------
+
+
+async def test_metadata_is_recorded_with_the_run(places: Places) -> None:
+    await places.process().execute_plan(chain(), GOAL, run_id="r", metadata={"agent_name": "rivers", "mock": True})
+    found = places.store.find_run("r")
+    assert found is not None
+    assert codec.decode(found.header)["metadata"] == {"agent_name": "rivers", "mock": True}
+    refused = await places.process().execute_plan(chain(), GOAL, run_id="s", metadata={"x": object()})
+    assert refused.status is ExecutionStatus.FAILED
+    assert "metadata.x" in str(refused.error)
+
+
+async def test_tokens_of_the_judge_are_durable(places: Places) -> None:
+    class Counts:
+        async def evaluate(self, step: PlanStep, result: Any, goal: Goal, context: Any = None) -> Judgment:
+            action = JudgmentAction.RETRY if step.attempts == 1 else JudgmentAction.ACCEPT
+            return Judgment(action=action, reasoning="counted", context={"tokens_used": 10 * step.attempts})
+
+    started = asyncio.Event()
+
+    async def forever() -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    executor = places.process()
+    executor.judge = Counts()
+    executor.register_function("hang", forever)
+    task = asyncio.create_task(executor.execute_plan(plan(step("a"), step("h", call="hang")), GOAL, run_id="r"))
+    await started.wait()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    executor = places.process()
+    executor.register_function("hang", lambda: 1)
+    result = await executor.execute_plan(None, GOAL, run_id="r")
+    assert (result.status, result.total_tokens) == (ExecutionStatus.COMPLETED, 30)
+    assert (await executor.stored_steps("r"))["a"].tokens == 30
+
+
+async def test_a_run_is_cancelled_from_outside(places: Places) -> None:
+    started = asyncio.Event()
+
+    async def forever() -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    executor = places.process()
+    executor.register_function("hang", forever)
+    task = asyncio.create_task(executor.execute_plan(plan(step("h", call="hang")), GOAL, run_id="r"))
+    await started.wait()
+    other = places.process()
+    assert other.checkpoint_manager is not None
+    assert await asyncio.to_thread(other.checkpoint_manager.cancel, "r") is False
+    result = await asyncio.wait_for(task, 20)
+    assert (result.status, result.feedback) == (ExecutionStatus.ABORTED, "cancelled on request")
+    found = places.store.find_run("r")
+    assert found is not None
+    assert (found.state, found.owner) == (RunState.CANCELLED, None)
+    executor.register_function("hang", lambda: 1)
+    assert (await executor.execute_plan(None, GOAL, run_id="r")).status is ExecutionStatus.COMPLETED

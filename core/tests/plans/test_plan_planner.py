@@ -11,10 +11,12 @@ from framework.graph.plan import ActionSpec, ActionType, ExecutionStatus, Plan, 
 from framework.graph.plan_planner import (
     blocked_by_rejection,
     canonical,
+    cut_off,
     dependents,
     describe_changes,
     fingerprint,
     problems_of,
+    problems_of_names,
     ranks,
     ready_steps,
     request_id,
@@ -120,3 +122,26 @@ def test_a_request_is_bound_to_step_revision_arguments_and_asking() -> None:
     }
     assert len(ids) == 6
     assert request_id(*base) == request_id(step("a"), 1, b"{}", 0)
+
+
+def test_what_a_crash_may_have_cut_off_are_the_first_that_may_run_at_once() -> None:
+    work = plan(step("done", status=StepStatus.COMPLETED), step("a"), step("ask"), step("b", "done"), step("c", "a"))
+    assert cut_off(work, 1, ()) == ["a"]
+    assert cut_off(work, 2, {"ask"}) == ["a"], "one that waits holds its place"
+    assert cut_off(work, 9, {"ask"}) == ["a", "b"]
+    assert cut_off(work, 9, (), {"nothing"}) == ["a", "ask", "b"]
+
+
+def test_names_that_are_no_texts_are_found() -> None:
+    assert problems_of_names({"a": {1: 2}}, "here") == []
+    assert problems_of_names([1], "here") == []
+    [line] = problems_of_names({"a": 1, (1, 2): 3}, "the context")
+    assert line == "the context: the name (1, 2) is a tuple, not a text; write '(1, 2)'"
+    work = plan(step("a", status=StepStatus.COMPLETED, result={"x": 1}), step("b"))
+    work.context = {"a": {4: 5}, "b": {6: 7}, 8: 9}  # type: ignore[dict-item]
+    work.steps[1].inputs = {None: 1}  # type: ignore[dict-item]
+    assert [line.partition(" is a")[0] for line in problems_of(work)] == [
+        "the plan's context: the name 8",
+        "the outputs of step 'a': the name 4",
+        "the inputs of step 'b': the name None",
+    ]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 
-from framework.errors import StorageError
+from framework import _secrets
+from framework.errors import LeaseLost, StorageError
 from framework.graph.plan import ActionSpec, PlanStep
 from framework.graph.worker_node import AttemptInfo, StepExecutionResult, WorkerNode, parse_llm_json_response
-from framework.llm.provider import Tool, ToolResult, ToolUse
+from framework.llm.provider import LLMResponse, Tool, ToolResult, ToolUse
 from framework.llm.scripted import ScriptedLLM
 from framework.runtime.core import Runtime
 
@@ -51,6 +53,8 @@ def worker(**parts: Any) -> WorkerNode:
         ('Sure:\n```json\n{"a": 1}\n```\nor {"b": 2}', {"a": 1}, '{"a": 1}'),
         ("see [1, 2] there", [1, 2], "[1, 2]"),
         ("no json", None, "no json"),
+        ("NaN", None, "NaN"),
+        ('{"a": Infinity}', None, '{"a": Infinity}'),
         (None, None, "None"),
         (5, None, "5"),
     ],
@@ -138,6 +142,31 @@ async def test_a_function_wins_over_a_tool_of_its_name() -> None:
     assert (await run(both, step("tool_use", tool_name="search", tool_args={"q": "x"}))).outputs == {"hits": 1}
 
 
+@pytest.mark.parametrize(
+    ("returned", "outputs", "error", "error_type"),
+    [
+        ({"success": True, "hits": 3, "error": None}, {"hits": 3}, None, None),
+        ({"success": True, "outputs": {"a": 1}, "more": 2, "error": "no"}, {"a": 1}, None, None),
+        ({"success": True, "outputs": [1]}, {"result": [1]}, None, None),
+        ({"success": False}, {}, "Tool 'f' failed and did not say why", "tool_error"),
+        ({"success": False, "error": {"code": 7}, "error_type": 7}, {}, '{"code": 7}', "7"),
+        ({"failed": True}, {"result": {"failed": True}}, None, None),
+    ],
+)
+async def test_what_a_function_used_as_a_tool_reports(
+    returned: Any, outputs: dict[str, Any], error: str | None, error_type: str | None
+) -> None:
+    result = await run(worker(functions={"f": lambda: returned}), step("tool_use", tool_name="f"))
+    assert (result.outputs, result.error, result.error_type) == (outputs, error, error_type)
+
+
+async def test_what_a_sub_graph_reports() -> None:
+    for success, output, expected in ((True, [1], {"result": [1]}), (True, None, {}), (False, {"y": 1}, {})):
+        answer = SimpleNamespace(success=success, output=output, error=None, total_tokens=0)
+        result = await run(worker(sub_graph_executor=lambda *_: answer), step("sub_graph", graph_id="g"))  # noqa: B023
+        assert result.outputs == expected
+
+
 async def test_sub_graphs_by_executor() -> None:
     async def execute(graph_id: str, inputs: dict[str, Any], context: dict[str, Any]) -> Any:
         assert (graph_id, inputs, context) == ("g", {"x": 1}, {"k": [1]})
@@ -159,6 +188,23 @@ async def test_names_that_code_sets_itself_are_new_whatever_the_context_holds() 
     context = {"a": 1, "total": 99, "count": 99, "kept": 1, "result": 99}
     result = await run(worker(), step("code_execution", code=code), context)
     assert result.outputs == {"result": 2, "total": 2, "count": 0}, "kept is read first, so it is an input"
+
+
+async def test_code_gives_the_same_outputs_in_an_attempt_with_feedback() -> None:
+    told = AttemptInfo(2, feedback="more")
+    own = step("code_execution", code="feedback = 'mine'\nresult = 1")
+    assert (await run(worker(), own, info=told)).outputs == {"feedback": "mine", "result": 1}
+    assert (await run(worker(), step("code_execution", code="result = feedback"), info=told)).outputs == {
+        "result": "more"
+    }
+
+
+async def test_a_missing_reference_is_named_with_its_step_and_what_there_is() -> None:
+    for work in (step("function", {"x": "$other.y"}, function_name="one"), step("tool_use", tool_name="one")):
+        work.action.tool_args = {"x": ["$other.y"]}
+        result = await run(worker(functions={"one": lambda x: x}), work, {"city": 1}, outputs={"load": {"rows": 2}})
+        assert result.error_type == "missing_data"
+        assert all(word in result.error for word in ("Step 's'", "'$other.y'", "city, load")), result.error
 
 
 @pytest.mark.parametrize(
@@ -245,3 +291,95 @@ async def test_each_attempt_is_a_decision_with_its_outcome() -> None:
     assert runtime.decide.call_args.kwargs["node_id"] == "s"
     outcome = runtime.record_outcome.call_args.kwargs
     assert (outcome["decision_id"], outcome["success"], outcome["error"]) == ("dec_0", True, None)
+
+
+class Unwilling:
+    """A runtime whose notes fail."""
+
+    def __init__(self, error: Exception, *failing: str) -> None:
+        self.error, self.failing, self.outcomes = error, failing, list[Any]()
+
+    def decide(self, **_: Any) -> str:
+        if "decide" in self.failing:
+            raise self.error
+        return "dec_0"
+
+    def record_outcome(self, **outcome: Any) -> None:
+        self.outcomes.append(outcome)
+        if "record_outcome" in self.failing:
+            raise self.error
+
+
+@pytest.mark.parametrize("failing", ["decide", "record_outcome"])
+async def test_a_note_that_fails_does_not_lose_the_result(failing: str, caplog: pytest.LogCaptureFixture) -> None:
+    runtime = Unwilling(ValueError("no room"), failing)
+    calls: list[int] = []
+
+    def work() -> int:
+        calls.append(1)
+        return 7
+
+    node = WorkerNode(runtime, functions={"f": work})
+    with caplog.at_level(logging.WARNING):
+        result = await node.execute(step("function", function_name="f"), {})
+    assert (result.success, result.outputs, calls) == (True, {"result": 7}, [1])
+    (record,) = [each for each in caplog.records if each.name == "framework.graph.worker_node"]
+    assert (record.levelname, "'s'" in record.getMessage()) == ("WARNING", True)
+    assert "ValueError: no room" in record.getMessage()
+    assert "in decide" in record.getMessage() or "in record_outcome" in record.getMessage(), "the traceback"
+    assert len(runtime.outcomes) == (failing == "record_outcome"), "an unknown decision has no outcome"
+
+
+@pytest.mark.parametrize("failing", ["decide", "record_outcome"])
+async def test_a_note_that_fails_with_the_runs_own_store_ends_the_run(failing: str) -> None:
+    for error in (StorageError("disk full"), LeaseLost("r", 1)):
+        node = WorkerNode(Unwilling(error, failing), functions={"f": lambda: 7})
+        with pytest.raises(type(error)):
+            await node.execute(step("function", function_name="f"), {})
+
+
+class Modelled:
+    """A provider that notes what it is asked with; ``supports_model`` says whether it takes another model."""
+
+    def __init__(self, supports: object) -> None:
+        self.supports_model = supports
+        self.asked: list[dict[str, Any]] = []
+
+    def complete(self, messages: Any, system: Any = None, **more: Any) -> LLMResponse:
+        self.asked.append(more)
+        return LLMResponse(content="done", model=more.get("model", "own"))
+
+
+class Plain(Modelled):
+    def complete(self, messages: Any, system: Any = None) -> LLMResponse:  # type: ignore[override]
+        return super().complete(messages, system)
+
+
+@pytest.mark.parametrize(
+    ("llm", "asked"),
+    [
+        (Modelled(True), {"model": "large"}),
+        (Modelled(False), {}),
+        (Modelled("yes"), {}),
+        (Plain(True), {}),
+    ],
+)
+async def test_an_llm_call_asks_the_model_it_names_where_the_provider_takes_one(
+    llm: Modelled, asked: dict[str, Any]
+) -> None:
+    node = WorkerNode(MagicMock(spec=Runtime), llm=llm)
+    assert (await node.execute(step("llm_call", prompt="p", model="large"), {})).success
+    assert (await node.execute(step("llm_call", prompt="p"), {})).success
+    assert llm.asked == [asked, {}]
+
+
+async def test_a_function_steps_value_is_exact_and_what_a_tool_gives_is_masked() -> None:
+    _secrets.register_secret("sk-very-secret-value")
+    try:
+        node = WorkerNode(MagicMock(spec=Runtime), functions={"f": lambda: {"token": "sk-very-secret-value"}})
+        exact = await node.execute(step("function", function_name="f"), {})
+        masked = await node.execute(step("tool_use", tool_name="f"), {})
+    finally:
+        _secrets.forget_secrets()
+    assert exact.outputs == {"result": {"token": "sk-very-secret-value"}}
+    assert masked.outputs == {"result": {"token": "***"}}

@@ -18,7 +18,7 @@ from framework.storage.committer import MAX_BATCH, Committer, committer_of
 from framework.storage.contract import commit, new_run
 from framework.storage.interface import Storage
 from framework.storage.memory import MemoryStorage
-from framework.storage.records import Commit
+from framework.storage.records import Commit, Message
 
 SOON = 20.0
 """Seconds to wait for what happens at once; only a broken committer makes a test take that long."""
@@ -311,3 +311,62 @@ def test_a_forked_child_has_a_committer_of_its_own(python: Python) -> None:
         print(store.find_run("parent").sequence, store.find_run("child").sequence)
     """
     assert python(program) == "1 1\n"
+
+
+# --- messages to held runs ------------------------------------------------------------------------------------------
+
+
+class Told:
+    """Hears of messages, and can fail to read them at first."""
+
+    def __init__(self) -> None:
+        self.heard: list[list[str]] = []
+        self.once = threading.Semaphore(0)
+
+    def __call__(self, messages: Sequence[Message]) -> None:
+        self.heard.append([message.name for message in messages])
+        self.once.release()
+
+
+def test_messages_to_held_runs_are_told_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
+    with MemoryStorage() as store:
+        told, other = Told(), Told()
+        for run_id, who in (("run_1", told), ("run_2", other)):
+            record = store.open_run(new_run(run_id), "me", 60)
+            committer_of(store).hold(run_id, record.token, 60, who)
+        store.open_run(new_run("run_3"))
+        store.send("run_3", "nobody holds it", b"")
+        store.send("run_1", "first", b"")
+        assert told.once.acquire(timeout=SOON)
+        store.send("run_1", "second", b"")
+        assert told.once.acquire(timeout=SOON)
+        assert told.heard == [["first"], ["first", "second"]]
+        committer_of(store).drop("run_1", 1)
+        store.send("run_1", "third", b"")
+        store.send("run_2", "last", b"")
+        assert other.once.acquire(timeout=SOON)
+        assert other.heard == [["last"]]
+        assert len(told.heard) == 2
+
+
+def test_a_look_that_fails_is_repeated(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
+
+    class Shaky(MemoryStorage):
+        failures = 2
+
+        def count_messages(self, run_ids: Sequence[str]) -> dict[str, int]:
+            if self.failures:
+                self.failures -= 1
+                raise StorageError("locked")
+            return super().count_messages(run_ids)
+
+    with Shaky() as store:
+        told = Told()
+        record = store.open_run(new_run(), "me", 60)
+        store.send("run_1", "before it was held", b"")
+        committer_of(store).hold("run_1", record.token, 60, told)
+        assert told.once.acquire(timeout=SOON)
+        assert told.heard == [["before it was held"]]
+        assert "will try again" in caplog.text

@@ -144,3 +144,35 @@ def test_threads_share_a_store(durable: StorageUnderTest) -> None:
         list(pool.map(work, range(4)))
     assert [record.sequence for record in store.list_runs()] == [10] * 4
     assert store.verify().ok
+
+
+SENDER = """
+    import sys
+    from framework.errors import MessageRefused
+    from framework.storage.backend import open_storage
+
+    with open_storage(sys.argv[1]) as store:
+        for number in range(10):
+            store.send("run_1", f"own {sys.argv[2]} {number}", sys.argv[2].encode())
+            try:
+                store.send("run_1", f"shared {number}", sys.argv[2].encode())
+                print(number)
+            except MessageRefused:
+                pass
+"""
+
+
+def test_processes_that_send_lose_nothing_and_one_takes_each_name(durable: StorageUnderTest, python: Python) -> None:
+    store = durable.new()
+    store.open_run(new_run())
+    with ThreadPoolExecutor(3) as pool:
+        printed = list(pool.map(lambda index: python(SENDER, store.url, index), range(3)))
+    won = sorted(int(number) for lines in printed for number in lines.split())
+    assert won == list(range(10)), "each shared name has one winner"
+    found = store.read_messages("run_1")
+    assert len({message.name for message in found}) == len(found) == 40
+    for index, lines in enumerate(printed):
+        shared = {f"shared {number}" for number in lines.split()}
+        own = {f"own {index} {number}" for number in range(10)}
+        assert {message.name for message in found if message.body == b"%d" % index} == shared | own
+    assert store.count_messages(["run_1"]) == {"run_1": 40}

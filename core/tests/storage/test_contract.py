@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from framework.errors import MessageRefused
 from framework.storage.backend import FileStorage, Storage, open_storage
 from framework.storage.chunks import Chunk
 from framework.storage.memory import MemoryStorage
@@ -48,9 +51,34 @@ class OverwritesRuns(MemoryStorage):
         return super().open_run(new, owner, lease_seconds)
 
 
+class TakesAnAnswerTwice(MemoryStorage):
+    def send(self, run_id: str, name: str, body: bytes) -> None:
+        with suppress(MessageRefused):
+            super().send(run_id, name, body)
+
+
+class ForksWithoutTheInput(MemoryStorage):
+    def fork_run(self, run_id: str, sequence: int, header: bytes, first: Commit) -> RunRecord:
+        record = super().fork_run(run_id, sequence, header, first)
+        self._db.execute(
+            "DELETE FROM chunks WHERE sequence = 0 AND run_pk = (SELECT pk FROM runs WHERE run_id = ?)", (first.run_id,)
+        )
+        return record
+
+
+class FindsByPattern(MemoryStorage):
+    def find_runs(self, prefix: str, limit: int = 100) -> list[RunRecord]:
+        pattern = prefix.replace("_", ".").replace("%", ".*")
+        found = [record for record in super().find_runs("", 1_000) if re.match(pattern, record.run_id, re.IGNORECASE)]
+        return found[:limit]
+
+
 @pytest.mark.parametrize(
     ("broken", "noticed_by"),
     [
+        (TakesAnAnswerTwice, "message_names_are_taken_once"),
+        (ForksWithoutTheInput, "forks_are_whole"),
+        (FindsByPattern, "runs_are_found_by_prefix"),
         (IgnoresTokens, "claim_grows_the_token"),
         (ForgetsTheLastChunk, "retention_keeps_exact_states"),
         (PrunesNothing, "prune_applies_retention_now"),

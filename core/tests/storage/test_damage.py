@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from framework.errors import CorruptData, StorageError
+from framework.errors import CorruptData, MessageRefused, StorageError
 from framework.schemas.checkpoint import Checkpoint, ExecutorType
 from framework.schemas.run import Run
 from framework.storage import codec
@@ -270,3 +270,24 @@ def test_a_type_this_program_does_not_know_is_no_damage(durable: StorageUnderTes
     assert store.verify().ok
     with pytest.raises(Exception, match="register"):
         store.load_latest_checkpoint("run_1")
+
+
+@pytest.mark.parametrize("kind", sorted(OPENERS))
+def test_a_damaged_message_is_reported_and_hides_no_other(kind: str, tmp_path: Path) -> None:
+    with OPENERS[kind](tmp_path) as store:
+        store.open_run(new_run())
+        for name in ("one", "two", "three"):
+            store.send("run_1", name, f"the body of {name}".encode())
+        assert store.verify().ok
+        if isinstance(store, SQLiteStorage):
+            store._db.execute("UPDATE messages SET body = replace(body, 'body', 'BODY') WHERE name = 'two'")
+        else:
+            path = tmp_path / "messages" / "run_1" / "two.json"
+            path.write_bytes(path.read_bytes().replace(b"body of", b"BODY of"))
+        assert [message.name for message in store.read_messages("run_1")] == ["one", "three"]
+        assert store.count_messages(["run_1"]) == {"run_1": 3}
+        [found] = store.verify("run_1").damage
+        assert "two" in found.where
+        assert "checksum" in found.problem
+        with pytest.raises(MessageRefused):
+            store.send("run_1", "two", b"another")

@@ -9,7 +9,9 @@ from typing import Protocol
 import pytest
 
 from framework import _faults
-from framework.storage.contract import Writer, accept, commit, new_run
+from framework.storage.backend import open_storage
+from framework.storage.contract import Writer, accept, commit, new_run, state_at
+from framework.storage.contract_forks import first
 from framework.storage.memory import MemoryStorage
 from framework.storage.records import Retention
 from framework.storage.sqlite import SQLiteStorage
@@ -140,3 +142,34 @@ def test_a_kill_at_the_first_commit_leaves_an_accepted_run(tmp_path: Path, pytho
         record = store.find_run("run_1")
         assert record is not None
         assert (record.state.value, record.sequence) == ("crashed", 0)
+
+
+FORKED = """
+    import sys
+    from framework.storage.backend import open_storage
+    from framework.storage.contract import Writer
+    from framework.storage.contract_forks import first
+    from framework.testing import install_faults_from_environment
+
+    with open_storage(sys.argv[1]) as store:
+        writer = Writer(store, state={"a": [0]})
+        for number in range(1, 6):
+            writer.write({"a": list(range(number + 1)), "n": number})
+        install_faults_from_environment()
+        store.fork_run("run_1", 4, b"{}", first(4))
+"""
+
+
+@pytest.mark.parametrize("scheme", ["sqlite", "file"])
+def test_a_kill_inside_a_fork_leaves_none(scheme: str, tmp_path: Path, python: Python) -> None:
+    url = f"{scheme}://{'/' if scheme == 'sqlite' else ''}{tmp_path}/store"
+    python(FORKED, url, env={"SUREFOOT_FAULT": "commit.inside:1"}, code=-9)
+    with open_storage(url) as store:
+        assert store.find_run("fork") is None
+        assert [record.run_id for record in store.list_runs()] == ["run_1"]
+        assert store.verify().ok
+        record = store.fork_run("run_1", 3, b"{}", first(3))
+        assert [row.sequence for row in store.read_checkpoint_rows("fork")] == [4, 3]
+        assert state_at(store, record.sequence, "fork") == state_at(store, 3)
+        assert len(store.read_log("fork")) == 4
+        assert store.verify().ok

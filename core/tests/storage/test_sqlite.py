@@ -128,7 +128,7 @@ def test_a_newer_store_is_refused_and_left_alone(path: Path) -> None:
         store.open_run(new_run())
         store._db.execute("UPDATE meta SET value = '99' WHERE name = 'schema_version'")
     before = path.read_bytes()
-    with pytest.raises(StoreTooNew, match=r"schema version 99.*up to 1.*Upgrade"):
+    with pytest.raises(StoreTooNew, match=r"schema version 99.*up to 2.*Upgrade"):
         SQLiteStorage(path)
     assert path.read_bytes() == before
 
@@ -184,12 +184,42 @@ def test_an_older_store_is_migrated_with_its_data(path: Path) -> None:
         writer.write({"a": [1, 2]})
     with closing(schema.connect(path, 5)) as connection:
         schema.migrate(connection, str(path), (*schema.MIGRATIONS, NEXT))
-        assert schema.version_of(connection) == 2
+        assert schema.version_of(connection) == schema.SCHEMA_VERSION + 1
         assert [tuple(row) for row in connection.execute("SELECT run_id, tenant FROM runs")] == [("run_1", "nobody")]
         schema.migrate(connection, str(path), (*schema.MIGRATIONS, NEXT))  # nothing left to do
-        connection.execute("UPDATE meta SET value = '1' WHERE name = 'schema_version'")
+        connection.execute("UPDATE meta SET value = ? WHERE name = 'schema_version'", (str(schema.SCHEMA_VERSION),))
     with SQLiteStorage(path) as store:
         writer.check(store, [1], "after the migration, read by the older code")
+
+
+def test_a_store_of_version_1_is_migrated_when_it_is_opened(path: Path) -> None:
+    with closing(schema.connect(path, 5)) as connection:
+        schema.migrate(connection, str(path), schema.MIGRATIONS[:1])
+        assert schema.version_of(connection) == 1
+        connection.execute("INSERT INTO definitions VALUES ('f1', ?, ?)", (b"{}", schema.row_crc("f1", b"{}")))
+        facts = ("run_1", "graph", "goal", "f1", None, 5.0, b"{}")
+        connection.execute(
+            "INSERT INTO runs (run_id, executor_type, goal_id, fingerprint, header, header_crc, state, created_at, "
+            "updated_at, token, lease_until, recovery_attempts) "
+            "VALUES ('run_1', 'graph', 'goal', 'f1', ?, ?, 'failed', 5.0, 6.0, 3, 0, 0)",
+            (b"{}", schema.row_crc(*facts)),
+        )
+    before = commits_in_wal(path) if Path(f"{path}-wal").exists() else 0
+    with SQLiteStorage(path) as store:
+        assert commits_in_wal(path) - before <= 1
+        assert schema.version_of(store._db) == schema.SCHEMA_VERSION
+        record = store.find_run("run_1")
+        assert record is not None
+        assert (record.token, record.created_at, record.header) == (3, 5.0, b"{}")
+        assert store.read_messages("run_1") == []
+        store.send("run_1", "answer", b"42")
+        assert [message.body for message in store.read_messages("run_1")] == [b"42"]
+        assert store.verify().ok
+    new = path.with_name("new.db")
+    SQLiteStorage(new).close()
+    listing = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name"
+    with closing(sqlite3.connect(path)) as migrated, closing(sqlite3.connect(new)) as made:
+        assert migrated.execute(listing).fetchall() == made.execute(listing).fetchall()
 
 
 def test_a_migration_that_fails_changes_nothing(path: Path) -> None:
@@ -197,7 +227,7 @@ def test_a_migration_that_fails_changes_nothing(path: Path) -> None:
     with closing(schema.connect(path, 5)) as connection:
         with pytest.raises(sqlite3.Error):
             schema.migrate(connection, str(path), (*schema.MIGRATIONS, NEXT, "CREATE TABLE runs (x);\n"))
-        assert schema.version_of(connection) == 1
+        assert schema.version_of(connection) == schema.SCHEMA_VERSION
         assert connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'tenants'").fetchone()[0] == 0
     SQLiteStorage(path).close()
 

@@ -20,11 +20,19 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from framework.errors import CommitConflict, LeaseLost, RunBusy, RunExists, RunNotFound
+from framework.errors import (
+    CheckpointNotFound,
+    CommitConflict,
+    LeaseLost,
+    MessageRefused,
+    RunBusy,
+    RunExists,
+    RunNotFound,
+)
 from framework.schemas.run import Run, RunState
 from framework.storage import codec
 from framework.storage.backend import FileStorage, Storage
-from framework.storage.chunks import diff
+from framework.storage.chunks import Chunk, diff
 from framework.storage.contract import commit, new_run, state_at
 from framework.storage.memory import MemoryStorage
 from framework.storage.records import Retention
@@ -51,6 +59,7 @@ class ModelRun:
     log: list[bytes] = field(default_factory=list)
     checkpoints: list[tuple[int, str]] = field(default_factory=list)
     document: str | None = None
+    messages: list[tuple[str, bytes]] = field(default_factory=list)
 
     def held(self, now: float) -> bool:
         return self.owner is not None and self.lease_until > now
@@ -266,6 +275,53 @@ class StorageMachine(RuleBasedStateMachine):
         run.checkpoints = []
         run.states[1:] = [run.states[0]] * (len(run.states) - 1)
 
+    @precondition(lambda self: self.runs)
+    @rule(data=st.data(), new_id=st.sampled_from(RUNS), key=st.sampled_from([None, *KEYS]))
+    def fork(self, data: st.DataObject, new_id: str, key: str | None) -> None:
+        run_id = data.draw(st.sampled_from(sorted(self.runs)))
+        run = self.runs[run_id]
+        kept = [sequence for sequence, _ in run.checkpoints]
+        at = data.draw(st.sampled_from([*kept, *kept, 0, len(run.states)]))
+        state = dict(run.states[min(at, len(run.states) - 1)])
+        chunks = []
+        if key is not None:
+            state[key] = [-1]
+            chunks = [Chunk(key, "set", b"[-1]")]
+        one = commit(at + 1, new_id, checkpoint_id="forked", chunks=chunks, state=RunState.PAUSED)
+        self.clock.advance(1)
+        expected = RunExists if new_id in self.runs else CheckpointNotFound if at not in kept else None
+        if expected is not None:
+            with pytest.raises(expected):
+                self.store.fork_run(run_id, at, b"{}", one)
+            return
+        self.store.fork_run(run_id, at, b"{}", one)
+        name = dict(run.checkpoints)[at]
+        self.runs[new_id] = ModelRun(
+            self.clock.now,
+            None,
+            0,
+            0.0,
+            RunState.PAUSED,
+            states=[*run.states[: at + 1], state],
+            log=[*run.log[:at], one.record],
+            checkpoints=[(at, name), (at + 1, "forked")],
+        )
+
+    # --- messages ---
+
+    @rule(run_id=st.sampled_from(RUNS), name=st.sampled_from(["a", "../b"]), body=st.sampled_from([b"", b"{}"]))
+    def send(self, run_id: str, name: str, body: bytes) -> None:
+        run = self.runs.get(run_id)
+        if run is None:
+            with pytest.raises(RunNotFound):
+                self.store.send(run_id, name, body)
+        elif run.state is RunState.COMPLETED or name in dict(run.messages):
+            with pytest.raises(MessageRefused):
+                self.store.send(run_id, name, body)
+        else:
+            self.store.send(run_id, name, body)
+            run.messages.append((name, body))
+
     # --- documents and the store itself ---
 
     @rule(run_id=st.sampled_from(RUNS), goal=st.sampled_from(["g", "a/b"]))
@@ -298,9 +354,13 @@ class StorageMachine(RuleBasedStateMachine):
             rows = [(row.sequence, row.checkpoint_id) for row in store.read_checkpoint_rows(record.run_id)]
             assert rows == run.checkpoints[::-1]
             assert [row.record for row in store.read_log(record.run_id)] == run.log
+            assert [(each.name, each.body) for each in store.read_messages(record.run_id)] == run.messages
             for sequence in {0, record.sequence, *(sequence for sequence, _ in run.checkpoints)}:
                 state = {key: codec.encode(value) for key, value in run.states[sequence].items()}
                 assert state_at(store, sequence, record.run_id) == state
+        counts = {run_id: len(run.messages) for run_id, run in self.runs.items() if run.messages}
+        assert store.count_messages(RUNS) == counts
+        assert [record.run_id for record in store.find_runs("r")] == [one for one in ("run_1",) if one in self.runs]
         assert store.list_all_runs() == list(self.documents)
         for goal in ("g", "a/b"):
             assert store.get_runs_by_goal(goal) == [one for one, found in self.documents.items() if found == goal]

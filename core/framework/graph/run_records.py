@@ -1,0 +1,47 @@
+"""The records that a graph run's log holds of its steps and attempts: made, and read again on a resume. Pure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from framework.graph.attempts import Visit
+from framework.graph.planner import Position, Step
+from framework.graph.spending import Spent
+from framework.schemas.run import RunState
+
+
+def step_record(step: Step, visit: Visit, error: str | None, position: Position) -> dict[str, Any]:
+    """The record of a finished step, and in ``position`` the branches it started. What is empty or zero is left out."""
+    record: dict[str, Any] = {"node": step.node_id, "visit": step.visit, "at": round(time.time(), 3)}
+    optional = {
+        "branch": step.branch,
+        "attempts": visit.attempts if visit.attempts > 1 else None,
+        **visit.spent.record(),
+        "error": error,
+        "branches": [branch.id for branch in position.branches.values() if branch.group == step.key],
+    }
+    record.update((key, value) for key, value in optional.items() if value)
+    return record
+
+
+def attempt_record(step: Step, attempt: int, error: str, spent: Spent) -> dict[str, Any]:
+    """The record of a failed attempt."""
+    return {"step": step.key, "node": step.node_id, "attempt": attempt, "error": error, **spent.record()}
+
+
+def attempts_used(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many attempts of each step failed, by step key.
+
+    Looked up in the whole log: a sibling's checkpoint may have followed an attempt, and a step may be ready only once
+    branches have met. A crash or a cancellation goes on with what is left of the budget; a run that had failed starts
+    its step afresh.
+    """
+    used: dict[str, int] = {}
+    for record in records:
+        if record.get("kind") == "attempt":
+            used[record["step"]] = record["attempt"]
+        elif record.get("kind") == "end" and record.get("state") == RunState.FAILED.value:
+            used.clear()
+    return used

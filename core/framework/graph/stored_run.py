@@ -1,0 +1,201 @@
+"""A run as its store has it, read without claiming it, and as far as it can be read: damage is told, not raised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from framework.errors import CorruptData, RunNotFound, StorageError, StoreTooNew, SurefootError, UnknownType
+from framework.graph.readable import plain_json, readable
+from framework.graph.run_messages import cancel_name
+from framework.schemas.run import RunState
+from framework.storage import checkpoints as stored
+from framework.storage.interface import Storage
+from framework.storage.ownership import effective_state
+from framework.storage.records import CheckpointRow, Damage, LogRow, Message, RunRecord
+
+_READ_ATTEMPTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRun:
+    """One reading of a run.
+
+    ``state`` is the run's, ``crashed`` also when its owner's process is certainly gone. ``definition`` is the canonical
+    form, ``None`` when the store lacks it. ``rows`` are the readable checkpoints, newest first; ``checkpoint`` is the
+    one that a resume goes on from, with its ``body`` and the state's encoded ``values`` by stored key; without one the
+    run begins with its ``initial`` values. ``records`` are the log's up to that checkpoint, ``later`` those after it,
+    ``events`` the decisions and problems, ``messages`` what was left for the run from outside. ``blocked`` says why no
+    checkpoint can be used though there are some.
+    """
+
+    record: RunRecord
+    state: RunState
+    header: Mapping[str, Any]
+    definition: Mapping[str, Any] | None
+    rows: Sequence[CheckpointRow]
+    checkpoint: CheckpointRow | None
+    body: Mapping[str, Any]
+    values: Mapping[str, bytes]
+    initial: Mapping[str, bytes]
+    records: Sequence[Mapping[str, Any]]
+    later: Sequence[Mapping[str, Any]]
+    events: Sequence[Mapping[str, Any]]
+    messages: Sequence[Message]
+    damage: Sequence[Damage]
+    blocked: str | None
+
+    @property
+    def is_plan(self) -> bool:
+        """Whether it executes a plan rather than a graph."""
+        return self.record.executor_type == "flexible"
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether its present, or last, owner was asked to cancel it."""
+        return any(message.name == cancel_name(self.record.token) for message in self.messages)
+
+    @property
+    def log(self) -> list[Mapping[str, Any]]:
+        """All records, whichever side of the checkpoint."""
+        return [*self.records, *self.later]
+
+
+def read_stored(storage: Storage, run_id: str) -> StoredRun:
+    """The run as it is. Raises ``RunNotFound``, ``StorageError`` when its record itself cannot be read.
+
+    A run that goes on meanwhile is read again, a few times, to be seen at one moment.
+    """
+    for remaining in reversed(range(_READ_ATTEMPTS)):
+        record = storage.find_run(run_id)
+        if record is None:
+            raise RunNotFound(run_id)
+        found = _read(storage, record)
+        now = storage.find_run(run_id)
+        if not remaining or now is None or (now.sequence, now.token) == (record.sequence, record.token):
+            break
+    return found
+
+
+def _read(storage: Storage, record: RunRecord) -> StoredRun:
+    run_id = record.run_id
+    damage: list[Damage] = []
+    header = _guarded(lambda: readable(plain_json(record.header or b"{}")), damage, record, "header") or {}
+    definition = _definition(storage, record, damage)
+    initial = _guarded(lambda: stored.load_state(storage, run_id, 0).values, damage, record, "initial state")
+    rows = list(_guarded(lambda: list(storage.read_checkpoint_rows(run_id, damage.append)), damage, record, "") or ())
+
+    def build(row: CheckpointRow) -> tuple[CheckpointRow, dict[str, Any], Mapping[str, bytes]]:
+        body = readable_body(row)
+        return row, body, stored.load_state(storage, run_id, row.sequence, body.get("digest")).values
+
+    unreadable: list[Damage] = []
+    blocked: str | None = None
+    newest = None
+    try:
+        newest = stored.read_newest(storage, run_id, build, unreadable.append)
+    except StorageError as error:  # written by a newer version, or changing too fast to be read
+        blocked = str(error)
+    damage.extend(unreadable)
+    if newest is None and blocked is None and (unreadable or initial is None):
+        blocked = (
+            "no checkpoint of it can be read, and starting over would repeat finished steps. Restore the store from a "
+            "backup, or start a new run under another run_id"
+        )
+    row, body, values = newest if newest is not None else (None, {}, initial or {})
+    log = _guarded(lambda: storage.read_log(run_id, on_damage=damage.append), damage, record, "log") or []
+    records = _records(log, damage, record)
+    messages = _guarded(lambda: storage.read_messages(run_id, damage.append), damage, record, "messages")
+    chosen = row.sequence if row is not None else 0
+    return StoredRun(
+        record=record,
+        state=effective_state(record),
+        header=header,
+        definition=definition,
+        rows=rows,
+        checkpoint=row,
+        body=body,
+        values=values,
+        initial=initial or {},
+        records=[each for each in records if each["sequence"] <= chosen],
+        later=[each for each in records if each["sequence"] > chosen],
+        events=_events(log, damage, record),
+        messages=messages or (),
+        damage=tuple(dict.fromkeys(damage)),
+        blocked=blocked,
+    )
+
+
+def readable_body(row: CheckpointRow) -> dict[str, Any]:
+    """A checkpoint's body; in readable form where it holds types that are not registered.
+
+    Raises ``CorruptData``, ``StoreTooNew``.
+    """
+    try:
+        return stored.parse_body(row)
+    except UnknownType:
+        body = readable(plain_json(row.body))
+        if not isinstance(body, dict):
+            raise CorruptData(f"Checkpoint {row.checkpoint_id!r} has no readable body.") from None
+        return body
+
+
+def _definition(storage: Storage, record: RunRecord, damage: list[Damage]) -> Mapping[str, Any] | None:
+    if not record.fingerprint:
+        return None
+
+    def read() -> Mapping[str, Any]:
+        data = storage.definition(record.fingerprint)
+        if data is None:
+            raise CorruptData("It is missing.")
+        found = readable(plain_json(data))
+        if not isinstance(found, dict):
+            raise CorruptData("It is not an object.")
+        return found
+
+    found: Mapping[str, Any] | None = _guarded(read, damage, record, "definition")
+    return found
+
+
+def _guarded(read: Any, damage: list[Damage], record: RunRecord, what: str) -> Any:
+    """What ``read`` returns; ``None``, with the damage noted, when it cannot."""
+    try:
+        return read()
+    except StoreTooNew:
+        raise
+    except SurefootError as error:
+        damage.append(Damage(record.run_id, None, f"{what or 'checkpoints'} of run {record.run_id}", str(error)))
+        return None
+
+
+def _records(rows: Sequence[LogRow], damage: list[Damage], record: RunRecord) -> list[dict[str, Any]]:
+    """The records of all rows that can be read; steps that a rewind undid are left out."""
+    records: list[dict[str, Any]] = []
+    for row in rows:
+        made = _guarded(lambda row=row: _parse(row), damage, record, f"log row {row.sequence}")
+        for each in made or ():
+            if each.get("kind") == "rewind":
+                records = [earlier for earlier in records if earlier["sequence"] <= each.get("to", 0)]
+            records.append(each)
+    return records
+
+
+def _parse(row: LogRow) -> list[dict[str, Any]]:
+    try:
+        return stored.parse_log([row])
+    except UnknownType:
+        parsed = readable(plain_json(row.record))
+        if not isinstance(parsed, list) or not all(isinstance(each, dict) for each in parsed):
+            raise CorruptData(f"The log row {row.sequence} does not hold records.") from None
+        return [{**each, "sequence": row.sequence} for each in parsed]
+
+
+def _events(rows: Sequence[LogRow], damage: list[Damage], record: RunRecord) -> list[Mapping[str, Any]]:
+    events: list[Mapping[str, Any]] = []
+    for row in rows:
+        if row.log is not None:
+            data = row.log
+            made = _guarded(lambda data=data: readable(plain_json(data)), damage, record, f"events {row.sequence}")
+            events.extend(each for each in made or () if isinstance(each, dict))
+    return events
