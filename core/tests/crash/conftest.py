@@ -48,6 +48,23 @@ class Life:
     committed: Committed
 
 
+def ended(process: subprocess.Popen[str], told: str = "") -> tuple[str, str]:
+    """What the process says until its end, of which a part may have been read already.
+
+    ``communicate`` reads past the buffer of ``stdout``: what came together with a line that was read would be lost.
+    """
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process:
+        if told:
+            process.stdin.write(told)
+        process.stdin.close()
+        output, errors = process.stdout.read(), process.stderr.read()
+        process.wait(PATIENCE_SECONDS)
+    return output, errors
+
+
 @dataclass
 class Lab:
     """One run of the agent over any number of processes."""
@@ -99,7 +116,7 @@ class Lab:
             self.expect(process, "ready")
             timer = threading.Timer(kill_after_seconds, process.kill)
             timer.start()
-        output, errors = process.communicate(timeout=PATIENCE_SECONDS)
+        output, errors = ended(process)
         if timer is not None:
             timer.cancel()
         result = None
@@ -119,7 +136,7 @@ class Lab:
 
     def finish(self, process: subprocess.Popen[str]) -> dict[str, Any]:
         """Let a held process go on to its end; its result."""
-        output, errors = process.communicate("go on\n", timeout=PATIENCE_SECONDS)
+        output, errors = ended(process, "go on\n")
         assert process.returncode == 0, errors
         result: dict[str, Any] = json.loads(output.splitlines()[-1])
         return result

@@ -128,8 +128,8 @@ class StorageMachine(RuleBasedStateMachine):
         assert record.state is (RunState.CRASHED if crashed else run.state)
         run.attempts = run.attempts + 1 if crashed else 0
         run.owner, run.token, run.lease_until = "claimer", run.token + 1, self.clock.now + seconds
-        run.state, run.error = RunState.RUNNING, None
-        assert record.token == run.token
+        run.state = RunState.RUNNING  # the error stays until a commit with a state replaces it
+        assert (record.token, record.error) == (run.token, run.error)
 
     @rule(run_id=st.sampled_from(RUNS), stale=st.booleans())
     def renew(self, run_id: str, stale: bool) -> None:
@@ -349,7 +349,8 @@ class StorageMachine(RuleBasedStateMachine):
             crashed = run.state is RunState.RUNNING and not run.held(now)
             assert record.state is (RunState.CRASHED if crashed else run.state)
             assert (record.owner, record.token, record.lease_until) == (run.owner, run.token, run.lease_until)
-            assert (record.error, record.recovery_attempts) == (run.error, run.attempts)
+            error = None if run.state is RunState.RUNNING and run.held(now) else run.error
+            assert (record.error, record.recovery_attempts) == (error, run.attempts)
             assert record.sequence == len(run.states) - 1
             rows = [(row.sequence, row.checkpoint_id) for row in store.read_checkpoint_rows(record.run_id)]
             assert rows == run.checkpoints[::-1]
