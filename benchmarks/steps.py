@@ -102,6 +102,30 @@ def run_ours(path: Path | None, steps: int, node: SmallState, append_only: list[
     return seconds / steps, stored_bytes(path)
 
 
+def run_calls(path: Path, calls: int) -> tuple[float, int]:
+    """Seconds per ``ctx.call`` of a trivial async function, one after the other inside one step, and bytes stored."""
+    seconds: list[float] = []
+
+    async def trivial(number: int) -> int:
+        return number
+
+    class Calls(SmallState):
+        async def execute(self, ctx: NodeContext) -> NodeResult:
+            began = time.perf_counter()
+            for number in range(calls):
+                await ctx.call("trivial", trivial, number)
+            seconds.append(time.perf_counter() - began)
+            return NodeResult(True, output={"n": 1})
+
+    with SQLiteStorage(path) as store:
+        manager = CheckpointManager(store, CheckpointConfig(keep_journal=True))
+        executor = GraphExecutor(QuietRuntime(), node_registry={"work": Calls()}, checkpoint_manager=manager)
+        result = asyncio.run(executor.execute(loop_graph(1, []), GOAL, {}, run_id="bench"))
+        if not result.success or len(manager.journal("bench")) != calls:
+            raise SystemExit(f"the benchmark run failed: {result.error}")
+    return seconds[0] / calls, stored_bytes(path)
+
+
 def run_raw(path: Path, steps: int) -> tuple[float, int]:
     """Seconds per commit and bytes stored of one 1 KB row in each SQLite transaction (WAL, FULL)."""
     connection = sqlite3.connect(path, isolation_level=None)
@@ -177,6 +201,7 @@ def main() -> None:
         "durable step, 1 KB replaced": lambda path: run_ours(path, steps, SmallState(), []),
         "durable step, 1 KB appended": lambda path: run_ours(path, steps, Conversation(), []),
         "  with the key append-only": lambda path: run_ours(path, steps, Conversation(), ["messages"]),
+        "a journaled call": lambda path: run_calls(path, steps),
         "step without a manager": lambda path: run_ours(None, steps, SmallState(), []),
     }
     times: dict[str, list[float]] = {name: [] for name in work}

@@ -7,6 +7,7 @@
     │   ├── CorruptData           bytes read back do not match their checksum, or cannot be decoded
     │   ├── CommitConflict        a commit's sequence is not the run's next
     │   ├── StoreTooNew           the store was written by a newer version of this library
+    │   ├── ValueTooLarge         one value has more bytes than a store takes; has .size, .limit (also a ValueError)
     │   └── InvalidId             an id or key that no store accepts (also a ValueError)
     ├── CodecError                a value or its bytes cannot be translated
     │   ├── UnstorableValue       a live value has no stored form; names the path and the type
@@ -20,6 +21,8 @@
     │   ├── ResumeError           the run cannot be resumed from what is stored
     │   ├── CheckpointNotFound    the run keeps no such checkpoint
     │   ├── MessageRefused        a message was left under this name before, or the run is completed
+    │   ├── UnknownEffect         a call that may have had its effect before a crash; has .call
+    │   ├── BudgetExceeded        the run's tokens or money are used up; resumable with a larger budget
     │   └── ApprovalError         an approval's answer was refused: no such request, answered, or asked anew
     ├── BranchConflict            two concurrent branches wrote the same key
     ├── LLMError                  a language model's provider gave no usable reply; has .transient, .retry_after
@@ -58,6 +61,18 @@ class CommitConflict(StorageError):
 
 class StoreTooNew(StorageError):
     """The store was written by a newer version of this library."""
+
+
+class ValueTooLarge(StorageError, ValueError):
+    """One value has more bytes (``size``) than a store takes (``limit``). Nothing was written."""
+
+    def __init__(self, what: str, size: int, limit: int) -> None:
+        super().__init__(
+            f"{what} has {size:,} bytes; a store takes at most {limit:,} (MAX_VALUE_BYTES) in one value. "
+            "Nothing was written; keep such data in a file or an object store, and its name in the state."
+        )
+        self.size = size
+        self.limit = limit
 
 
 class InvalidId(StorageError, ValueError):
@@ -169,6 +184,38 @@ class MessageRefused(RunError):
     def __init__(self, run_id: str, name: str, problem: str) -> None:
         super().__init__(run_id, f"Message {name!r} to run {run_id!r} was refused: {problem}")
         self.name = name
+
+
+class UnknownEffect(RunError):
+    """A call with an effect had begun before a crash, and whether it took effect is not known.
+
+    ``call`` is its id, ``"<step>/<number>"``. Raised where the call's policy is "fail"; it is not tried again until
+    somebody settles it.
+    """
+
+    transient = False
+
+    def __init__(self, run_id: str, call: str, name: str) -> None:
+        super().__init__(
+            run_id,
+            f"Call {call!r} ({name}) of run {run_id!r} had begun before the process ended, and its outcome is not "
+            "known. Find out what happened, settle it with CheckpointManager.settle (done, redo or skip), and resume.",
+        )
+        self.call = call
+
+
+class BudgetExceeded(RunError):
+    """The run has used up its budget; nothing more is asked of a model."""
+
+    kind = "budget"
+    transient = False
+
+    def __init__(self, run_id: str, problem: str) -> None:
+        super().__init__(
+            run_id,
+            f"The budget of run {run_id!r} is used up: {problem}. Finished steps and questions to models are kept; "
+            "resume with a larger budget=RunBudget(...).",
+        )
 
 
 class ApprovalError(RunError):

@@ -24,7 +24,14 @@ import threading
 from collections.abc import Callable
 
 from framework import _faults
-from framework.storage import contract_commits, contract_forks, contract_messages, contract_models, contract_runs
+from framework.storage import (
+    contract_commits,
+    contract_forks,
+    contract_journal,
+    contract_messages,
+    contract_models,
+    contract_runs,
+)
 from framework.storage.contract import Check, Factory, ManualClock, StorageUnderTest
 
 __all__ = [
@@ -51,7 +58,7 @@ FAULT_VARIABLE = "SUREFOOT_FAULT"
 
 def storage_checks() -> list[Check]:
     """The requirements on a storage backend, each a function that raises ``AssertionError`` when it is not met."""
-    parts = (contract_runs, contract_commits, contract_forks, contract_messages, contract_forks, contract_models)
+    parts = (contract_runs, contract_commits, contract_journal, contract_messages, contract_forks, contract_models)
     return [check for part in parts for check in part.CHECKS]
 
 

@@ -42,14 +42,20 @@ class Facts:
         return [step for step, keys in bodies(self.after.entries).items() if len(keys) > 1]
 
     @property
-    def kept(self) -> Bill:
-        """What was paid before the kill for steps that were committed by then: what nobody had to pay again."""
-        return bill([entry for entry in self.before.entries if entry["step"] in self.before.committed])
+    def repeated(self) -> Bill:
+        """What both processes paid together beyond the bill of the undisturbed run."""
+        return bill(self.after.entries) - bill(self.reference.entries)
 
     @property
-    def repeated(self) -> Bill:
-        """What was paid before the kill for steps in flight: paid again afterwards."""
-        return bill([entry for entry in self.before.entries if entry["step"] not in self.before.committed])
+    def kept(self) -> Bill:
+        """What was paid before the kill and not again: committed steps, and the journal of the steps in flight."""
+        return bill(self.before.entries) - self.repeated
+
+    @property
+    def replayed(self) -> int:
+        """LLM calls of the steps in flight that were answered from their journals."""
+        unfinished = [entry for entry in self.before.entries if entry["step"] not in self.before.committed]
+        return bill(unfinished).calls - self.repeated.calls
 
 
 def verdicts(facts: Facts) -> list[tuple[str, bool]]:
@@ -57,7 +63,7 @@ def verdicts(facts: Facts) -> list[tuple[str, bool]]:
     before, after = facts.before, facts.after
     runs = bodies(after.entries)
     resumed, undisturbed = facts.result, facts.reference_result
-    calls_expected = bill(facts.reference.entries).calls + facts.repeated.calls
+    again, in_flight = facts.repeated, len(before.in_flight)
     return [
         ("The first process was killed with SIGKILL while steps were in flight.", _killed(facts)),
         (
@@ -77,8 +83,8 @@ def verdicts(facts: Facts) -> list[tuple[str, bool]]:
             and sorted(after.committed) == sorted(facts.reference.committed),
         ),
         (
-            "Only calls of steps in flight were paid again.",
-            bill(after.entries).calls == calls_expected,
+            "At most the last call of each step in flight was made again.",
+            0 <= again.calls <= in_flight and 0 <= again.tools <= in_flight,
         ),
         (
             "State, path and totals are those of an undisturbed run.",

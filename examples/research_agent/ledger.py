@@ -71,6 +71,15 @@ class Bill:
     tokens: int = 0
     usd: float = 0.0
 
+    def __sub__(self, other: Bill) -> Bill:
+        return Bill(
+            self.bodies - other.bodies,
+            self.tools - other.tools,
+            self.calls - other.calls,
+            self.tokens - other.tokens,
+            self.usd - other.usd,
+        )
+
 
 def bill(entries: list[dict[str, Any]]) -> Bill:
     """Add up entries."""

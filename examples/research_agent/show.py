@@ -101,9 +101,11 @@ class Screen:
         twice = ", ".join(visit_of(step) for step in facts.ran_twice)
         if facts.ran_twice:
             self.say(f"Ran twice, because in flight at the kill: {twice}.")
+        if facts.replayed:
+            self.say(f"Of their finished calls, {_counted(facts.replayed, 'LLM call')} came from the journal.")
         if again.calls:
             calls = _counted(again.calls, "LLM call")
-            self.say(f"Paid again: their {calls} ({again.tokens:,} tokens, {_money(again)}); there is no journal yet.")
+            self.say(f"Paid again: {calls} ({again.tokens:,} tokens, {_money(again)}), in flight at the kill.")
 
     def verdicts(self, verdicts: Iterable[tuple[str, bool]]) -> None:
         """What was checked, and how it came out."""

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from framework.graph.budget import RunBudget
     from framework.graph.code_sandbox import CodeSandbox, safe_eval, safe_exec
     from framework.graph.edge import EdgeCondition, EdgeSpec, GraphSpec
     from framework.graph.executor import ExecutionResult, GraphExecutor
@@ -60,6 +61,7 @@ _HOMES = {
     "NodeProtocol": "node",
     "NodeResult": "node",
     "NodeSpec": "node",
+    "RunBudget": "budget",
     "Plan": "plan",
     "PlanExecutionResult": "plan",
     "PlanStep": "plan",
@@ -102,6 +104,7 @@ __all__ = [
     "Plan",
     "PlanExecutionResult",
     "PlanStep",
+    "RunBudget",
     "StepExecutionResult",
     "StepStatus",
     "SuccessCriterion",

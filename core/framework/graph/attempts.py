@@ -7,14 +7,19 @@ import inspect
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from framework._secrets import mask
+from framework.errors import UnknownEffect
 from framework.graph.memory import SharedMemory
 from framework.graph.node_base import NodeContext, NodeResult, NodeSpec, is_infrastructure_error
 from framework.graph.node_errors import failed_result
 from framework.graph.spending import NOTHING, Spent
+from framework.graph.suspension import Suspended
 from framework.llm.threads import GOES_ON, NOT_BEGUN, StepThreads
+
+if TYPE_CHECKING:
+    from framework.graph.journal import AttemptJournal
 
 # Of all runs in this process, so that a resumed run too waits for what an earlier attempt left running.
 _threads = StepThreads()
@@ -104,7 +109,8 @@ async def run_visit(
     """Attempt the node until it succeeds or its budget is used up.
 
     ``failed_before`` attempts were made by earlier processes. Writes of a failed attempt are taken back; changes it
-    made inside containers are not (they are shared by reference). Cancellation passes through, writes taken back.
+    made inside containers are not (they are shared by reference). Cancellation passes through, writes taken back, and
+    so does `Suspended`. The journal of the last attempt is left open, for what follows a success.
     An attempt is not begun while a thread of an earlier one of the same ``step`` (a key; None: of this visit) asks a
     model or runs a tool, so no effect overlaps with its own repetition.
     """
@@ -115,15 +121,25 @@ async def run_visit(
     while True:
         snapshot = memory.snapshot()
         ctx = context(attempt)
+        journal = ctx.journal
+        if journal is not None:
+            await journal.begin()
         if attempt == failed_before + 1:
             for message in await _invalid(implementation, ctx):
                 on_invalid(message)
         try:
-            result = await _attempt(spec, implementation, ctx, step)
+            if journal is None:
+                result = await _attempt(spec, implementation, ctx, step)
+            else:
+                result = await _journaled(spec, implementation, ctx, step, journal)
         except BaseException:
             memory.roll_back(snapshot)
             raise
         spent = Spent.of_result(result)
+        if journal is not None:
+            spent = journal.of_attempt(spent)
+            if not result.success:
+                await journal.failed()
         total += spent
         if result.success:
             return Visit(result, attempt, spent, total)
@@ -148,6 +164,33 @@ async def _invalid(implementation: Any, ctx: NodeContext) -> list[str]:
         return [messages] if isinstance(messages, str) else [str(message) for message in messages or ()]
     except Exception as error:  # a node's own check may raise anything; it is reported like its messages
         return [f"validate_input raised {type(error).__name__}: {error}"]
+
+
+async def _journaled(
+    spec: NodeSpec, implementation: Any, ctx: NodeContext, step: object, journal: AttemptJournal
+) -> NodeResult:
+    """One attempt whose calls are journaled. A step that waits is suspended, whatever its node made of that."""
+    try:
+        result = await _attempt(spec, implementation, ctx, step)
+    except Suspended:
+        await journal.over()
+        raise
+    except BaseExceptionGroup as group:  # a task group passes it on in one
+        if group.split(Suspended)[0] is None:
+            journal.close()
+            raise
+        await journal.over()
+        raise
+    except BaseException:
+        journal.close()
+        raise
+    await journal.over()
+    if result.success:
+        try:
+            await journal.settled()
+        except UnknownEffect as error:
+            return failed_result(error)
+    return result
 
 
 async def _attempt(spec: NodeSpec, implementation: Any, ctx: NodeContext, step: object) -> NodeResult:

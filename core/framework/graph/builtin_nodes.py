@@ -11,6 +11,7 @@ from typing import Any
 from framework._secrets import mask
 from framework.errors import LLMError
 from framework.graph.attempts import should_retry
+from framework.graph.calls import KEY, takes_key, tool_takes_key
 from framework.graph.json_reply import parse_json_object
 from framework.graph.node_base import NodeContext, NodeProtocol, NodeResult, is_infrastructure_error
 from framework.graph.node_errors import failed_result
@@ -27,7 +28,8 @@ class FunctionNode(NodeProtocol):
     """Runs one Python function, sync or async.
 
     A node with input keys calls it with those that exist in the state (else in the input data); one without calls it
-    with the whole input data. Sync functions run in the event loop's thread, as they may use it.
+    with the whole input data. A parameter ``idempotency_key`` that is no input is given the step's own key. Sync
+    functions run in the event loop's thread, as they may use it.
     """
 
     def __init__(self, func: Callable[..., Any]) -> None:
@@ -43,7 +45,10 @@ class FunctionNode(NodeProtocol):
         name = getattr(self.func, "__name__", type(self.func).__name__)
         log = _Log.decide(ctx, f"Run function {name} for node {ctx.node_id}", f"Call {name}", "function_call")
         try:
-            value = self.func(**self._arguments(ctx))
+            arguments = self._arguments(ctx)
+            if KEY not in arguments and takes_key(self.func):
+                arguments[KEY] = ctx.idempotency_key
+            value = self.func(**arguments)
             if inspect.isawaitable(value):
                 value = await value
             output = self._store(ctx, value)
@@ -112,7 +117,12 @@ class LLMNode(NodeProtocol):
             "model": spec.model,
         }
         if ctx.available_tools and self.tool_executor is not None:
-            return await ask_with_tools(ctx.llm, tools=ctx.available_tools, tool_executor=self.tool_executor, **request)
+            llm = ctx.llm
+            if ctx.journal is None and any(map(tool_takes_key, ctx.available_tools)):
+                from framework.graph.journal_calls import keyed_llm  # noqa: PLC0415 - it needs the stores' modules
+
+                llm = keyed_llm(ctx)
+            return await ask_with_tools(llm, tools=ctx.available_tools, tool_executor=self.tool_executor, **request)
         return await ask(ctx.llm, **request)
 
     def _store(self, ctx: NodeContext, content: Any) -> dict[str, Any]:

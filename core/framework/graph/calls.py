@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from framework.llm.threads import StepThreads, call
 
-__all__ = ["StepThreads", "call", "tokens_of"]
+__all__ = ["KEY", "StepThreads", "call", "takes_key", "tokens_of", "tool_takes_key"]
+
+KEY = "idempotency_key"
+"""The parameter by which a function or a tool asks for its call's key."""
+
+
+def takes_key(function: Callable[..., Any]) -> bool:
+    """Whether a function asks for its call's idempotency key: it has a parameter ``idempotency_key``."""
+    try:
+        return KEY in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a callable that does not tell
+        return False
+
+
+def tool_takes_key(tool: Any) -> bool:
+    """Whether a tool asks for its call's idempotency key: its schema has a property ``idempotency_key``."""
+    properties = tool.parameters.get("properties")
+    return isinstance(properties, dict) and KEY in properties
 
 
 def tokens_of(response: Any) -> int:

@@ -12,6 +12,8 @@ from framework.graph.cancelling import cancel_run
 from framework.graph.checkpoint_rules import checkpoint_id as new_checkpoint_id
 from framework.graph.checkpoint_rules import is_due, retention_of
 from framework.graph.forking import fork_run
+from framework.graph.journal_answers import read_calls, send_value, settle_call
+from framework.graph.journal_rows import CallRecord
 from framework.graph.memory import SharedMemory
 from framework.graph.run_opening import Definition
 from framework.graph.run_session import Opened, open_session
@@ -26,14 +28,17 @@ from framework.storage.backend import Storage
 
 logger = logging.getLogger(__name__)
 
+NOT_GIVEN: Any = object()
+"""Stands for a value that was not given where ``None`` is a value."""
+
 
 class CheckpointManager:
     """Saves and restores checkpoints in ``storage``. Holds nothing of any run: any number may share a store.
 
     Give one to an executor to make its runs durable. The methods here serve callers who manage checkpoints
-    themselves; they block, so call them from a thread in asynchronous code. But for ``cancel`` and ``fork`` they never
-    raise for what the store does: a failure is logged and answered with ``None`` or nothing, and the earlier
-    checkpoints stay as they were.
+    themselves; they block, so call them from a thread in asynchronous code. But for ``cancel``, ``fork``, ``send``,
+    ``settle`` and ``journal`` they never raise for what the store does: a failure is logged and answered with ``None``
+    or nothing, and the earlier checkpoints stay as they were.
     """
 
     def __init__(self, storage: Storage, config: CheckpointConfig | None = None) -> None:
@@ -155,6 +160,39 @@ class CheckpointManager:
         can be resumed. Raises ``RunNotFound``, ``ResumeError`` for a completed run, ``StorageError``.
         """
         return cancel_run(self.storage, run_id, self.config.lease_seconds)
+
+    def send(self, run_id: str, name: str, value: Any) -> None:
+        """Give a run the value that a node of it waits for; durable on return. The run is resumed by its next call.
+
+        ``name`` is that of ``ctx.wait_for(name)``, before or while it waits, or the id of a question of ``ctx.ask``
+        (see ``journal``). The first value counts. Raises ``MessageRefused`` for a second one, one that comes too late,
+        one that does not fit the question's schema, and when the run is completed or asks no such question;
+        ``RunNotFound``, ``UnstorableValue``, ``InvalidId``, ``StorageError``.
+        """
+        send_value(self.storage, run_id, name, value)
+
+    def settle(
+        self, run_id: str, call_id: str, *, done: Any = NOT_GIVEN, redo: bool = False, skip: bool = False
+    ) -> None:
+        """Say what became of a call whose effect is unknown after a crash; durable on return. Then resume the run.
+
+        ``call_id`` is that of ``journal``. ``done`` is what the call is answered, of a tool its text; ``redo`` makes it
+        again, with the same idempotency key; ``skip`` answers ``None`` (a tool's model is told that it was not made)
+        without making it. Raises ``ValueError`` unless exactly one is given, ``MessageRefused`` for a call that is not
+        unknown, is settled already or belongs to a run that is running or completed; ``RunNotFound``, ``StorageError``.
+        """
+        given = [name for name, each in (("done", done is not NOT_GIVEN), ("redo", redo), ("skip", skip)) if each]
+        if len(given) != 1:
+            raise ValueError("settle: give exactly one of done=<the call's value>, redo=True and skip=True.")
+        settle_call(self.storage, run_id, call_id, given[0], done if done is not NOT_GIVEN else None)
+
+    def journal(self, run_id: str) -> list[CallRecord]:
+        """The calls inside the run's unfinished steps as they are recorded, by step and number.
+
+        Of finished steps only with ``CheckpointConfig.keep_journal``. Raises ``RunNotFound``, ``StorageError``,
+        ``UnknownType``.
+        """
+        return read_calls(self.storage, run_id)
 
     async def open_session(
         self,

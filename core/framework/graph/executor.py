@@ -12,18 +12,20 @@ from typing import Any
 from framework._secrets import mask_error, masked_traceback
 from framework.errors import LeaseLost, ResumeError, StorageError, SurefootError, UnstorableValue
 from framework.graph import planner
+from framework.graph.budget import RunBudget
 from framework.graph.builtin_nodes import FunctionNode, LLMNode, RouterNode
 from framework.graph.cancelling import lets_go
 from framework.graph.checkpoint_manager import CheckpointManager
 from framework.graph.definition import canonical, describe_changes, fingerprint
 from framework.graph.edge import GraphSpec
 from framework.graph.goal import Goal
-from framework.graph.graph_run import Ending, GraphRun
+from framework.graph.graph_run import GraphRun
 from framework.graph.memory import SharedMemory
 from framework.graph.merge import append_only_keys
 from framework.graph.node_base import NodeContext, NodeSpec
 from framework.graph.run_messages import CANCELLED_ON_REQUEST, CancelRequested
 from framework.graph.run_opening import Definition, Restored
+from framework.graph.run_parts import Ending
 from framework.graph.run_session import Opened
 from framework.graph.runtime_port import RuntimePort
 from framework.schemas.checkpoint import ExecutorType
@@ -43,6 +45,7 @@ class ExecutionResult:
     worked on it; ``total_cost`` is in US dollars, as far as prices are known. ``session_state`` is filled when the run
     can be resumed. ``run_id`` names the run for life; ``checkpoint_id`` is its newest checkpoint, ``resumed_from`` the
     one this execution began at, and ``steps_recovered`` how many finished steps it did not have to run again.
+    ``error_type`` is "budget" when the run's budget is used up.
     """
 
     success: bool
@@ -59,6 +62,7 @@ class ExecutionResult:
     resumed_from: str | None = None
     steps_recovered: int = 0
     total_cost: float = 0.0
+    error_type: str | None = None
 
 
 class GraphExecutor:
@@ -105,6 +109,7 @@ class GraphExecutor:
         run_id: str | None = None,
         parent_run_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        budget: RunBudget | None = None,
     ) -> ExecutionResult:
         """Run ``graph`` and return what came of it.
 
@@ -114,7 +119,8 @@ class GraphExecutor:
         when it goes on. A ``session_state`` from a paused or failed result goes on as well: in its own run when the
         manager knows it, else as a new run that begins where it says. ``parent_run_id`` is recorded with a new run
         that is a part of another, and so are ``metadata``: small facts about it, as JSON values, kept for its life and
-        shown where runs are listed.
+        shown where runs are listed. ``budget`` limits what the run may spend in all; it is recorded, and counts for
+        later calls until one gives another. A run that has used it up fails, and goes on with a larger one.
 
         What a node does wrong is a failed result, never an exception. Raises ``RunBusy``, ``DefinitionChanged``,
         ``ResumeError``, ``InvalidId``, ``UnknownType`` before anything ran, ``LeaseLost`` when another process took
@@ -127,7 +133,15 @@ class GraphExecutor:
         if wrong is not None:
             return ExecutionResult(False, error=wrong, run_id=run_id)
         return await _Execution(
-            self, graph, goal, dict(input_data or {}), dict(session_state or {}), run_id, parent_run_id, metadata
+            self,
+            graph,
+            goal,
+            dict(input_data or {}),
+            dict(session_state or {}),
+            run_id,
+            parent_run_id,
+            metadata,
+            budget,
         ).run()
 
     # --- what a run asks of its executor (graph_run.NodeSource) ---------------------------------------------------
@@ -161,6 +175,15 @@ class GraphExecutor:
         )
 
 
+def _recorded_budget(restored: Restored | None) -> RunBudget | None:
+    """The budget that the run was last given."""
+    if restored is None:
+        return None
+    given = [restored.header.get("budget"), *(each.get("budget") for each in (*restored.records, *restored.later))]
+    last = next((plain for plain in reversed(given) if plain is not None), None)
+    return RunBudget.from_json(last) if last is not None else None
+
+
 def _session_problem(state: Any) -> str | None:
     """What is wrong with a ``session_state``, if anything."""
     if state is None:
@@ -189,8 +212,10 @@ class _Execution:
         run_id: str | None,
         parent_run_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        budget: RunBudget | None = None,
     ) -> None:
         self._executor = executor
+        self._budget = budget
         self._parent_run_id = parent_run_id
         self._metadata = metadata
         self._graph = graph
@@ -277,6 +302,8 @@ class _Execution:
         header: dict[str, Any] = {"start": start}
         if self._session_state.get("checkpoint_id"):
             header["resumed_from"] = self._session_state["checkpoint_id"]
+        if self._budget is not None:
+            header["budget"] = self._budget.to_json()
         return await manager.open_session(
             definition,
             self._run_id,
@@ -345,7 +372,7 @@ class _Execution:
                 memory.put(key, value)
         else:
             start = restored.header.get("start", self._graph.entry_node)
-        return GraphRun(
+        run = GraphRun(
             graph=self._graph,
             goal=self._goal,
             run_id=self._run_id,
@@ -355,6 +382,8 @@ class _Execution:
             position=planner.start(start) if start is not None else planner.Position(),
             memory=memory,
         )
+        run.journals.budget = self._budget if self._budget is not None else _recorded_budget(restored)
+        return run
 
     # --- driving ------------------------------------------------------------------------------------------------
 
@@ -440,7 +469,9 @@ class _Execution:
             if SCOPE_MARK not in key and (key not in restored.values or not codec.same(restored.values[key], value))
         }
         brought = {**edited, **self._input}
-        if run.take_up(restored, brought):
+        changed = run.take_up(restored, brought)
+        await run.hold_waiting()
+        if changed or self._budget is not None:
             await run.commit_resume(sorted(brought))
 
     async def _let_go(self, run: GraphRun) -> None:
@@ -466,15 +497,17 @@ class _Execution:
 
     async def _result(self, run: GraphRun, ending: Ending, restored: Restored | None) -> ExecutionResult:
         success = ending.state not in (RunState.FAILED, RunState.CANCELLED)
+        spent = run.spent + run.journals.unfinished
         paused_at = run.position.paused_at if ending.state is RunState.PAUSED else None
         result = ExecutionResult(
             success,
             output=run.memory.read_all(),
             error=ending.error,
             steps_executed=run.position.steps_taken + len(run.failed_steps),
-            total_tokens=run.spent.tokens,
-            total_latency_ms=run.spent.latency_ms,
-            total_cost=run.spent.cost,
+            total_tokens=spent.tokens,
+            total_latency_ms=spent.latency_ms,
+            total_cost=spent.cost,
+            error_type=ending.error_type,
             path=run.path,
             paused_at=paused_at,
             run_id=run.run_id,
@@ -506,9 +539,9 @@ class _Execution:
             }
         self._port.emit(
             "run_ended",
-            tokens=run.spent.tokens,
-            latency_ms=run.spent.latency_ms,
-            cost=run.spent.cost,
+            tokens=spent.tokens,
+            latency_ms=spent.latency_ms,
+            cost=spent.cost,
             error=ending.error,
             detail=ending.state.value,
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from framework.errors import ResumeError
+from framework.graph.budget import RunBudget
 from framework.graph.checkpoint_manager import CheckpointManager
 from framework.graph.code_sandbox import CodeSandbox
 from framework.graph.goal import Goal
@@ -135,6 +136,7 @@ class FlexibleGraphExecutor:
         run_id: str | None = None,
         replan: bool = False,
         metadata: Mapping[str, Any] | None = None,
+        budget: RunBudget | None = None,
     ) -> PlanExecutionResult:
         """Carry out ``plan`` as far as it goes; its steps say afterwards where they stand.
 
@@ -144,7 +146,10 @@ class FlexibleGraphExecutor:
         not ``plan``, which may be ``None`` then. A plan that differs from the stored one is refused, or with ``replan``
         taken as the run's next revision: completed steps that did not change stay completed. ``context`` values that
         differ from the run's original ones are written over its context. ``metadata`` are small facts about a new run,
-        as JSON values, kept for its life and shown where runs are listed.
+        as JSON values, kept for its life and shown where runs are listed. ``budget`` limits what the run may spend in
+        all; it is recorded, and counts for later calls until one gives another. A run that has used it up fails, and
+        goes on with a larger one. A run whose process ended within a tool call with effects pauses until the call is
+        settled by ``CheckpointManager.settle``.
 
         Whatever steps, judge and callback do is in the result. Raises ``ValueError`` without a plan or a stored one,
         ``RunBusy``, ``RunNotFound``, ``DefinitionChanged``, ``ResumeError``, ``InvalidId``, ``UnknownType`` before
@@ -158,7 +163,9 @@ class FlexibleGraphExecutor:
         if problems:
             text = "Invalid plan: " + "; ".join(problems)
             return PlanExecutionResult(status=ExecutionStatus.FAILED, error=text, run_id=run_id)
-        execution = PlanExecution(self, self._manager(), plan, goal, dict(context or {}), run_id, replan, metadata)
+        execution = PlanExecution(
+            self, self._manager(), plan, goal, dict(context or {}), run_id, replan, metadata, budget
+        )
         return await execution.run()
 
     async def answer_approval(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import types
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from framework import _faults
-from framework._secrets import mask, mask_error
-from framework.errors import BranchConflict, UnstorableValue
+from framework._secrets import mask_error
+from framework.errors import BranchConflict, BudgetExceeded, UnstorableValue
 from framework.graph import planner
 from framework.graph.attempts import FailedAttempt, Visit, max_attempts, run_visit
 from framework.graph.edge import GraphSpec
@@ -21,54 +20,27 @@ from framework.graph.merge import LOCAL, BranchWrites, merge
 from framework.graph.node_base import NodeContext, NodeResult, NodeSpec
 from framework.graph.planner import Outcome, Position, Step
 from framework.graph.routing import Route, choose
+from framework.graph.run_journals import RunJournals, Waits
 from framework.graph.run_opening import Restored
-from framework.graph.run_records import attempt_record, attempts_used, step_record
+from framework.graph.run_parts import Ending, Failure, NodeSource, let_others_run, unstorable
+from framework.graph.run_records import (
+    attempt_record,
+    attempts_used,
+    finished_steps,
+    given_input,
+    step_record,
+    stored_input,
+)
 from framework.graph.run_session import Progress, RunSession
 from framework.graph.runtime_port import RuntimePort
 from framework.graph.spending import NOTHING, Spent
+from framework.graph.suspension import Suspended, Waiting
 from framework.schemas.checkpoint import CheckpointStatus
 from framework.schemas.run import RunState
 from framework.storage import codec
 from framework.storage.checkpoints import SCOPE_MARK, path_of
 
 logger = logging.getLogger(__name__)
-
-
-class NodeSource(Protocol):
-    """What a run needs of the executor that started it."""
-
-    def implementation_of(self, spec: NodeSpec) -> Any: ...
-
-    def context_for(self, spec: NodeSpec, memory: SharedMemory) -> NodeContext: ...
-
-
-@types.coroutine
-def _let_others_run() -> Generator[None, None, None]:
-    """Suspend once, so that nodes that never wait can still be cancelled and timed out from outside.
-
-    Not ``asyncio.sleep(0)``: that belongs to back-off, and programs replace it.
-    """
-    yield
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why the run cannot go on. ``step`` is the one that failed, when it was one."""
-
-    error: str
-    step: Step | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How an execution ended."""
-
-    state: RunState
-    error: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.error:
-            object.__setattr__(self, "error", mask(self.error))
 
 
 @dataclass(slots=True)
@@ -89,6 +61,7 @@ class GraphRun:
     next_after_pause: str | None = None
     failed_steps: list[Step] = field(default_factory=list)
     reported: bool = False
+    journals: RunJournals = field(init=False)
     _memories: dict[str, SharedMemory] = field(default_factory=dict)
     _writers: dict[str, dict[str, str]] = field(default_factory=dict)
     _inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -97,15 +70,18 @@ class GraphRun:
     _changed: set[str] = field(default_factory=set)
     _gone: set[str] = field(default_factory=set)
     _waiting: set[Step] = field(default_factory=set)
+    _waits: Waits = field(default_factory=Waits)
     _specs: dict[str, NodeSpec] = field(default_factory=dict)
     _running: dict[asyncio.Task[Failure | None], Step] = field(default_factory=dict)
     _failure: Failure | None = None
+    _new_input: bool = False
     _goal_text: str = ""
 
     def __post_init__(self) -> None:
         self._specs = {node.id: node for node in self.graph.nodes}
         self._goal_text = self.goal.to_prompt_context()
         self._memories = {"": self.memory}
+        self.journals = RunJournals(self.run_id, self.session)
 
     # --- where it starts ----------------------------------------------------------------------------------------
 
@@ -125,10 +101,12 @@ class GraphRun:
         self.records = list(restored.records)
         self.recovered = sum(1 for record in self.records if record.get("kind") == "step")
         self.spent = Spent.of_record(restored.body)
+        self.journals.forget(finished_steps(self.records))
         if plain:
             self.position = planner.from_json(plain)
             self.position = replace(self.position, visits=planner.visits_of(self.records, self.position))
             self.next_after_pause = plain.get("after_pause")
+            self._waits = Waits.from_json(plain.get("waits", {}))
         for branch in sorted(self.position.branches.values(), key=lambda each: len(each.id)):
             self._memories[branch.id] = self._memories[branch.parent].branch()
         for key, value in restored.values.items():
@@ -154,6 +132,7 @@ class GraphRun:
             # The same call again must not take the state back to where it began.
             if key not in restored.input_data or not codec.same(restored.input_data[key], value)
         }
+        self._new_input = bool(new)
         for key, value in new.items():
             self.memory.put(key, value)
         # A pause that nobody was told of, because the run stopped for another reason, is still to be told of.
@@ -172,10 +151,21 @@ class GraphRun:
                 self._inputs[step.key] = {**self._inputs.get(step.key, {}), **new}
         return waiting or bool(new)
 
+    async def hold_waiting(self) -> None:
+        """After a resume that brought nothing new: hold again the steps that still wait for a time or a message."""
+        waiting = [step for step in self.position.ready if step.key in self._waits.by_step]
+        if waiting and not self._new_input and self.session is not None:
+            over = await self._waits.over(self.session)
+            for step in waiting:
+                if step.key not in over:
+                    self.position = planner.hold(self.position, step)
+
     async def commit_resume(self, input_keys: Sequence[str]) -> None:
         """Make durable what a resume brought, before its first step."""
         if self.session is not None:
-            record = {"kind": "resume", "input_keys": list(input_keys)}
+            record: dict[str, Any] = {"kind": "resume", "input_keys": list(input_keys)}
+            if self.journals.budget is not None:
+                record["budget"] = self.journals.budget.to_json()
             await self.session.note(record, (), self._progress(self._last_node()), {"": self.memory})
 
     # --- the loop -----------------------------------------------------------------------------------------------
@@ -192,11 +182,13 @@ class GraphRun:
                 if len(ready) == 1 and not self._running:
                     # The common case, one step at a time, needs no task of its own.
                     self._note_failure(await self._step(ready[0]))
-                    await _let_others_run()
+                    await let_others_run()
                     continue
                 for step in ready:
                     self._running[asyncio.create_task(self._step(step))] = step
                 if not self._running:
+                    if self._failure is None and await self._woken():
+                        continue
                     return self._finish()
                 done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
@@ -266,10 +258,23 @@ class GraphRun:
 
     def _finish(self) -> Ending:
         if self._failure is not None:
-            return Ending(RunState.FAILED, self._failure.error)
+            return Ending(RunState.FAILED, self._failure.error, self._failure.error_type)
         if self.position.paused_at is not None:
             return Ending(RunState.PAUSED)
         return Ending(RunState.COMPLETED)
+
+    async def _woken(self) -> bool:
+        """Whether steps that waited can go on now, or so soon that the process stays for it; then they are ready."""
+        if self.session is None or self.session.ended:
+            return False
+        steps = {step.key: step for step in self.position.held}
+        over = await self._waits.woken(self.session, steps)
+        for key in over:
+            self.position = planner.release(self.position, steps[key])
+        return bool(over)
+
+    def _wake_at(self) -> float | None:
+        return self._waits.wake_at(step.key for step in self.position.held)
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -283,9 +288,18 @@ class GraphRun:
             _faults.reach("node.before")
             memory = self._memories[step.branch]
             before = memory.snapshot()
+            try:
+                self.journals.check(self.spent)
+            except BudgetExceeded as error:
+                return Failure(str(error), error_type=error.kind)
             self.port.emit("step_started", step=step.key, node_id=spec.id)
             try:
-                visit = await self._visit(step, spec, memory, events)
+                try:
+                    visit = await self._visit(step, spec, memory, events)
+                except Suspended as suspended:
+                    self._failed_before[step.key] = self.journals.attempt_of(step.key) - 1
+                    await self._hold(step, events, suspended.waits)
+                    return None
                 if visit is None:
                     await self._hold(step, events)
                     return None
@@ -293,10 +307,17 @@ class GraphRun:
                 failure = await self._close_step(step, spec, memory, before, visit, events)
                 self._tell_end(step, visit, failure)
                 return failure
+            except BudgetExceeded as error:
+                # Its journal stays: with a larger budget the step goes on where it was.
+                memory.roll_back(before)
+                return Failure(str(error), step, error.kind)
             except asyncio.CancelledError:
                 if step in self.position.ready:  # not committed: as if it had not begun
                     memory.roll_back(before)
                 raise
+            finally:
+                pending = (*self.position.ready, *self.position.held)
+                self.journals.close(step.key, finished=step not in pending)
 
     def _tell_end(self, step: Step, visit: Visit, failure: Failure | None) -> None:
         # A failure without a step is of the join that this step led to, not its own.
@@ -323,10 +344,12 @@ class GraphRun:
         if implementation is None:
             return self._human_input(step, spec, memory)
         view = memory.with_permissions(spec.input_keys, spec.output_keys)
-        input_data = self._given(step, memory)
+        input_data = given_input(step, self._inputs.get(step.key, {}), memory)
+        idempotency_key = f"{self.run_id}/{step.key}"
+        self.journals.open(step.key, idempotency_key, self)
 
         def context(attempt: int) -> NodeContext:
-            return replace(
+            ctx = replace(
                 self.nodes.context_for(spec, view),
                 input_data=dict(input_data),  # each attempt its own: one may take things out of it
                 goal=self.goal,
@@ -335,12 +358,14 @@ class GraphRun:
                 max_attempts=max_attempts(spec),
                 run_id=self.run_id,
                 step_key=step.key,
-                idempotency_key=f"{self.run_id}/{step.key}",
+                idempotency_key=idempotency_key,
             )
+            return self.journals.attach(step.key, ctx)
 
         async def failed(attempt: FailedAttempt) -> None:
             told = {"step": step.key, "node_id": spec.id, "attempt": attempt.attempt, "error": attempt.error}
             spent = attempt.spent
+            self._tell_journal(step)
             self.port.emit("attempt_failed", **told, tokens=spent.tokens, latency_ms=spent.latency_ms, cost=spent.cost)
             self.port.problem(
                 "warning",
@@ -352,30 +377,23 @@ class GraphRun:
                 await self.session.attempt_failed(record, tuple(events))
                 events.clear()
 
-        return await run_visit(
-            spec,
-            implementation,
-            memory,
-            context,
-            failed_before=self._failed_before.pop(step.key, 0),
-            on_failed=failed,
-            on_invalid=lambda message: self.port.problem("warning", f"Node {spec.id!r}: {message}"),
-            step=(self.run_id, step.key) if self.session is not None else None,
-        )
+        try:
+            return await run_visit(
+                spec,
+                implementation,
+                memory,
+                context,
+                failed_before=self._failed_before.pop(step.key, 0),
+                on_failed=failed,
+                on_invalid=lambda message: self.port.problem("warning", f"Node {spec.id!r}: {message}"),
+                step=(self.run_id, step.key) if self.session is not None else None,
+            )
+        finally:
+            self._tell_journal(step)
 
-    def _given(self, step: Step, memory: SharedMemory) -> dict[str, Any]:
-        """The step's input as its node may have it: inside a branch, nothing that another branch can touch."""
-        given = self._inputs.get(step.key, {})
-        view = memory.view()
-        return {
-            # What the state holds as well is handed out by it, so that it knows, and a branch gets its own copy.
-            key: memory.peek(key)
-            if key in view and view[key] is value
-            else isolated(value, f"the input {key!r} of {step.node_id}")
-            if step.branch
-            else value
-            for key, value in given.items()
-        }
+    def _tell_journal(self, step: Step) -> None:
+        for problem in self.journals.take_problems(step.key):
+            self.port.problem("warning", problem)
 
     def _human_input(self, step: Step, spec: NodeSpec, memory: SharedMemory) -> Visit | None:
         """A node for a person that nobody implemented: done once its keys are answered, otherwise it waits."""
@@ -389,15 +407,27 @@ class GraphRun:
         """Whether the run already paused here, for the answer that completed this step: one pause is enough."""
         return step.key in self._answered and self.nodes.implementation_of(spec) is None
 
-    async def _hold(self, step: Step, events: Sequence[dict[str, Any]]) -> None:
+    async def _hold(self, step: Step, events: Sequence[dict[str, Any]], waits: Sequence[Waiting] = ()) -> None:
+        """Leave a step for later: it waits for a person, or for what its node said."""
         self.position = planner.hold(self.position, step)
         if self.position.paused_at == step.node_id:
             self.next_after_pause = step.node_id
+        if waits:
+            self._waits.by_step[step.key] = tuple(waits)
         if self.session is not None:
-            state = RunState.PAUSED if not self.position.ready and self._alone(step) else None
-            record = {"kind": "wait", "node": step.node_id, "step": step.key}
+            ends = (
+                not self.position.ready
+                and self._alone(step)
+                and not self._waits.is_due_soon(self.session, self._wake_at())
+            )
+            state = RunState.PAUSED if ends else None
+            record: dict[str, Any] = {"kind": "wait", "node": step.node_id, "step": step.key}
+            if waits:
+                record["for"] = [each.to_json() for each in waits]
             progress = self._progress(self._last_node(), state)
-            await self.session.note(record, events, progress, {step.branch: self._memories[step.branch]}, state=state)
+            scopes = {step.branch: self._memories[step.branch]}
+            due = self._wake_at() if ends else None
+            await self.session.note(record, events, progress, scopes, state=state, wake_at=due)
 
     async def _close_step(
         self,
@@ -416,7 +446,8 @@ class GraphRun:
         if result.success:
             written = self._write_output(memory, result)
             onward = self.graph.entry_points.get(f"{spec.id}_resume") if self._was_asked(step, spec) else None
-            route = Route((onward,), ({},)) if onward is not None else await self._route(spec, memory, result)
+            llm = self.journals.llm_of(step.key, None)
+            route = Route((onward,), ({},)) if onward is not None else await self._route(spec, memory, result, llm)
             visit = visit.also(route.spent)
             error = route.error
             if error is None and not spec.fan_out:
@@ -429,8 +460,10 @@ class GraphRun:
         if error is not None:
             memory.roll_back(before)
             written = set()
+            if result.success:
+                await self.journals.failed(step.key)
             # Conditions, mappings and the handler see what the failed node said; the state does not.
-            told = {} if result.success else self._storable(result.output)
+            told = {} if result.success else self._told(result.output)
             result = NodeResult(False, output=told, error=error, error_type=result.error_type)
             # The last attempt's own problem comes with the commit, whichever way it goes on.
             self.port.problem("critical", error)
@@ -465,16 +498,12 @@ class GraphRun:
             _faults.reach("branch.between")
         return failure
 
-    def _storable(self, output: Any) -> dict[str, Any]:
+    def _told(self, output: Any) -> dict[str, Any]:
         """What a failed node put out, for its handler; nothing when it cannot be kept for a resume."""
-        if not isinstance(output, dict) or self.session is None:
-            return dict(output) if isinstance(output, dict) else {}
-        try:
-            codec.encode(output, "output")
-        except UnstorableValue as problem:
+        problem = unstorable(output) if self.session is not None else None
+        if problem is not None:
             self.port.problem("warning", f"The output of the failed node is dropped: {problem}")
-            return {}
-        return dict(output)
+        return dict(output) if isinstance(output, dict) and problem is None else {}
 
     def _keep_events(self, step: Step, visit: Visit, error: str, events: list[dict[str, Any]]) -> None:
         """What the failing visit decided is kept, with the attempt that ended it."""
@@ -492,14 +521,14 @@ class GraphRun:
         # Also what was written with the value it had: in a branch it is the node's now, no longer a mapped input.
         return memory.take_written() | set(result.output or {})
 
-    async def _route(self, spec: NodeSpec, memory: SharedMemory, result: NodeResult) -> Route:
+    async def _route(self, spec: NodeSpec, memory: SharedMemory, result: NodeResult, llm: Any = None) -> Route:
         _faults.reach("routing")
         return await choose(
             self.graph,
             spec,
             memory,
             result,
-            llm=self.nodes.context_for(spec, memory).llm,
+            llm=llm if llm is not None else self.nodes.context_for(spec, memory).llm,
             goal=self.goal,
             on_warning=lambda message: self.port.problem("warning", message),
         )
@@ -547,6 +576,7 @@ class GraphRun:
         if self.position.paused_at == step.node_id:
             self.next_after_pause = route.targets[0] if route.targets else None
         self._inputs.pop(step.key, None)
+        self._waits.by_step.pop(step.key, None)
         output = dict(result.output or {})
         if made.started:
             for branch in made.started:
@@ -596,14 +626,21 @@ class GraphRun:
         alone = self._alone(step)
         state = None
         if failure is None and not self.position.ready and alone:
-            if self.position.paused_at is not None:
-                state = RunState.PAUSED
+            if self.position.paused_at is not None:  # what a step waits for may be over by now: see _woken
+                state = RunState.PAUSED if not self._waits.by_step else None
             elif self.position.finished:
                 state = RunState.COMPLETED
         scopes = {branch: self._memories[branch] for branch in self._changed if branch in self._memories}
         gone, self._gone, self._changed = self._gone, set(), set()
         await self.session.step_done(
-            record, events, self._progress(step.node_id, state), scopes, gone, quiet=alone, state=state
+            record,
+            events,
+            self._progress(step.node_id, state),
+            scopes,
+            gone,
+            quiet=alone,
+            state=state,
+            journal=step.key,
         )
 
     def _alone(self, step: Step) -> bool:
@@ -620,10 +657,15 @@ class GraphRun:
         del position["visits"]  # the log tells them: see planner.visits_of
         if self.position.paused_at is not None and self.next_after_pause is not None:
             position["after_pause"] = self.next_after_pause
+        if self._waits.by_step:
+            position["waits"] = self._waits.to_json()
         if self._writers:
             position["writers"] = {branch: keys for branch, keys in self._writers.items() if keys}
-        inputs = {step.key: self._stored_input(step) for step in (*self.position.ready, *self.position.held)}
-        position["inputs"] = {key: stored for key, stored in inputs.items() if stored is not None}
+        position["inputs"] = {
+            step.key: stored_input(step, given, self._memories[step.branch].view())
+            for step in (*self.position.ready, *self.position.held)
+            if (given := self._inputs.get(step.key))
+        }
         status = CheckpointStatus.IN_PROGRESS
         if state is not None and state is not RunState.CANCELLED:  # which a checkpoint does not tell from a crash
             status = CheckpointStatus(state.value)
@@ -638,21 +680,13 @@ class GraphRun:
             status=status,
         )
 
-    def _stored_input(self, step: Step) -> dict[str, Any] | None:
-        """A step's input as stored: names of values the state holds as well, and the values it does not."""
-        given = self._inputs.get(step.key)
-        if not given:
-            return None
-        view = self._memories[step.branch].view()
-        same = [key for key, value in given.items() if key in view and view[key] is value]
-        own = {key: value for key, value in given.items() if key not in same}
-        return {"branch": step.branch, "same": same, **({"own": own} if own else {})}
-
     async def end(self, ending: Ending, events: Sequence[dict[str, Any]] = ()) -> None:
         """Record an ending that was not part of a step's commit."""
         if self.session is not None and not self.session.ended:
             progress = self._progress(self._last_node(), ending.state)
-            await self.session.end(ending.state, ending.error, events, progress, dict(self._memories), self._gone)
+            due = self._wake_at() if ending.state is RunState.PAUSED else None
+            scopes = dict(self._memories)
+            await self.session.end(ending.state, ending.error, events, progress, scopes, self._gone, wake_at=due)
 
     async def leave(self) -> None:
         """Give the run up without an end, for the next process to go on with."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from framework.errors import LeaseLost, StorageError
+from framework.errors import BudgetExceeded, LeaseLost, StorageError
 from framework.graph.text import shorten, summary_of
 
 if TYPE_CHECKING:
     from framework.graph.goal import Goal
+    from framework.graph.journal import AttemptJournal
+    from framework.graph.journal_rows import Policy
     from framework.llm.provider import Tool
 
 
@@ -103,8 +106,10 @@ class NodeContext:
 
     ``runtime`` is a `DecisionRecorder` (or a test double with fewer methods). ``memory`` is the node's scoped view.
     ``input_data`` is the caller's input for the first node and the previous node's output afterwards. ``attempt``
-    counts from 1 to ``max_attempts``. The last three are set by the executor: ``step_key`` names this visit of the
-    node within the run, and ``idempotency_key`` is the same for every attempt of it, in every process.
+    counts from 1 to ``max_attempts``. The last four are set by the executor: ``step_key`` names this visit of the
+    node within the run, and ``idempotency_key`` is the same for every attempt of it, in every process. In a run with
+    checkpoints ``journal`` records the calls made through ``llm`` and the methods here, so that a step that starts
+    again after a crash is given what they had come to instead of making them again: see docs/how-to/inside-a-step.md.
     """
 
     runtime: Any
@@ -121,6 +126,60 @@ class NodeContext:
     run_id: str | None = None
     step_key: str = ""
     idempotency_key: str = ""
+    journal: AttemptJournal | None = field(default=None, repr=False)
+
+    async def call(
+        self, name: str, fn: Callable[..., Any], *args: Any, policy: Policy | None = None, **kwargs: Any
+    ) -> Any:
+        """Call ``fn(*args, **kwargs)``, sync (in a worker thread) or async, once for this step; its value.
+
+        The value is durable before it is returned; a step that runs again after a crash gets the same one, and ``fn``
+        is not called. ``name`` and the arguments say which call it is; arguments and value must have a stored form. A
+        call that raises is not recorded. ``policy`` says what becomes of a call that had begun before a crash and has
+        no recorded value: "rerun" (as when it is None) calls again, "ask" pauses the run until somebody settles it,
+        "fail" raises `UnknownEffect`. A parameter ``idempotency_key`` of ``fn`` is given the call's own key, the same
+        whenever this call is made again.
+
+        Raises what ``fn`` raises, ``UnstorableValue``, `UnknownEffect`. Without a checkpoint manager it only calls.
+        """
+        from framework.graph.journal_calls import call  # noqa: PLC0415 - which imports this module
+
+        return await call(self, name, fn, args, kwargs, policy)
+
+    async def sleep(self, seconds: float) -> None:
+        """Sleep until ``seconds`` after this was first called in this step, however often the process ends meanwhile.
+
+        A longer sleep (see ``CheckpointConfig.sleep_in_process_seconds``) pauses the run until it is due: the step ends
+        here, and starts again then. Without a checkpoint manager it sleeps in the process.
+        """
+        from framework.graph import journal_waits  # noqa: PLC0415 - which imports this module
+
+        await journal_waits.sleep(self._journal(), seconds)
+
+    async def wait_for(self, name: str, timeout_seconds: float | None = None) -> Any:
+        """The value that somebody sends to the run under ``name`` (``CheckpointManager.send``), now or earlier.
+
+        One value per name and run. The run pauses until it is there. Raises ``TimeoutError`` when it is not within
+        ``timeout_seconds`` of the first call, and ``RunError`` without a checkpoint manager.
+        """
+        from framework.graph import journal_waits  # noqa: PLC0415 - which imports this module
+
+        return await journal_waits.wait_for(self._journal(), name, timeout_seconds)
+
+    async def ask(self, question: str, schema: Any = None) -> Any:
+        """A person's answer to ``question`` (``CheckpointManager.send`` with the question's id as the name).
+
+        The run pauses until it is there. ``schema`` is what the answer has to be: a JSON schema, or a type that
+        pydantic knows, of which the value is then. Raises ``RunError`` without a checkpoint manager.
+        """
+        from framework.graph import journal_waits  # noqa: PLC0415 - which imports this module
+
+        return await journal_waits.ask(self._journal(), question, schema)
+
+    def _journal(self) -> AttemptJournal:
+        from framework.graph.journal_calls import journal_of  # noqa: PLC0415 - which imports this module
+
+        return journal_of(self)
 
 
 @dataclass
@@ -177,5 +236,5 @@ class NodeProtocol(ABC):
 
 
 def is_infrastructure_error(error: BaseException) -> bool:
-    """Whether ``error`` is about the run's own store or lease, and so never a mere failure of a node or a model."""
-    return isinstance(error, (StorageError, LeaseLost))
+    """Whether ``error`` is about the run itself, its store, lease or budget, and so never a mere failure of a node."""
+    return isinstance(error, (StorageError, LeaseLost, BudgetExceeded))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from framework._secrets import mask
-from framework.errors import LLMError
+from framework.errors import LLMError, UnknownEffect
 from framework.graph.node_base import NodeResult
 from framework.graph.worker_errors import transient_kind
 from framework.llm.tool_loop import paid_before
@@ -26,7 +26,7 @@ def failed_result(error: Exception) -> NodeResult:
         error=_text(error),
         error_type=own.kind if own is not None else name,
         error_names=(kind, *classes) if kind is not None else tuple(classes),
-        transient=own.transient if own is not None else None,
+        transient=own.transient if own is not None else False if isinstance(error, UnknownEffect) else None,
         retry_after=own.retry_after if own is not None else None,
     )
     if paid is not None:

@@ -257,7 +257,8 @@ class PlanExecutionResult(_Document):
     known. ``run_id`` names the run for life; ``checkpoint_id`` is its
     newest checkpoint, ``resumed_from`` the one this execution began at, ``steps_recovered`` how many completed steps
     it found. ``pending_approvals`` are the open requests of a run that waits. ``stale_steps`` are completed steps that
-    a new revision of the plan kept though something they were made from has changed since.
+    a new revision of the plan kept though something they were made from has changed since. ``error_type`` is "budget"
+    when the run's budget is used up.
     """
 
     status: ExecutionStatus
@@ -270,6 +271,7 @@ class PlanExecutionResult(_Document):
     total_latency_ms: int = 0
     total_cost: float = 0.0
     error: str | None = None
+    error_type: str | None = None
     run_id: str | None = None
     checkpoint_id: str | None = None
     resumed_from: str | None = None

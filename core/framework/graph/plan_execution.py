@@ -10,11 +10,13 @@ from typing import Any, Protocol
 
 from framework._secrets import mask_error, masked_traceback
 from framework.errors import DefinitionChanged, LeaseLost, ResumeError, StorageError, SurefootError, UnstorableValue
+from framework.graph.budget import RunBudget
 from framework.graph.cancelling import lets_go, was_let_go
 from framework.graph.checkpoint_manager import CheckpointManager
 from framework.graph.goal import Goal
 from framework.graph.plan import ActionType, ApprovalRequest, ExecutionStatus, Plan, PlanExecutionResult
 from framework.graph.plan_answers import Answers, require_plan, state_of
+from framework.graph.plan_journals import recorded_budget
 from framework.graph.plan_planner import canonical, describe_changes, fingerprint, ready_steps
 from framework.graph.plan_run import RUN_STATES, Ending, Limits, PlanRun, Worker
 from framework.graph.plan_state import SCOPE, PlanState, plan_of
@@ -58,6 +60,7 @@ class PlanExecution:
         run_id: str | None,
         replan: bool,
         metadata: Mapping[str, Any] | None = None,
+        budget: RunBudget | None = None,
     ) -> None:
         self._executor = executor
         self._manager = manager
@@ -68,6 +71,7 @@ class PlanExecution:
         self._run_id = run_id or ""
         self._replan = replan
         self._metadata = metadata
+        self._budget = budget
         self._revised = False
         self._port = RuntimePort(executor.runtime)
         self._reports: list[str] = []
@@ -131,7 +135,7 @@ class PlanExecution:
             self._run_id,
             initial=fresh.memory.view() if fresh is not None else {},
             input_data=self._context,
-            header={},
+            header={"budget": self._budget.to_json()} if self._budget is not None else {},
             on_problem=self._report,
             scopes={SCOPE: fresh.stored} if fresh is not None else None,
             metadata=self._metadata,
@@ -177,7 +181,7 @@ class PlanExecution:
         await self._end_record(text)
         return PlanExecutionResult(status=ExecutionStatus.FAILED, error=text, run_id=self._run_id)
 
-    def _run_of(self, state: PlanState, session: RunSession | None) -> PlanRun:
+    def _run_of(self, state: PlanState, session: RunSession | None, found: Restored | None = None) -> PlanRun:
         executor = self._executor
         return PlanRun(
             state,
@@ -190,6 +194,7 @@ class PlanExecution:
             limits=executor.limits(),
             approval_callback=executor.approval_callback,
             answers=Answers(self._manager.storage, self._run_id) if self._manager is not None else None,
+            budget=self._budget if self._budget is not None else recorded_budget(found),
         )
 
     async def _resume(self, found: Restored, session: RunSession, revision: int) -> PlanExecutionResult:
@@ -225,10 +230,17 @@ class PlanExecution:
             state.bring(planned)
         state.bring(brought)
         record["input_keys"] = sorted(brought)
-        run = self._run_of(state, session)
+        if self._budget is not None:
+            record["budget"] = self._budget.to_json()
+        run = self._run_of(state, session, found)
         if state.recoveries > self._executor.limits().max_recovery_attempts:
             run.stop(ExecutionStatus.FAILED, _too_often(state, record["cut_off"], self._run_id))
-        changes = self._revised or bool(brought) or found.found in (RunState.FAILED, RunState.CRASHED)
+        changes = (
+            self._revised
+            or bool(brought)
+            or self._budget is not None
+            or found.found in (RunState.FAILED, RunState.CRASHED)
+        )
         return await self._drive(run, found, record if changes else None)
 
     async def _take_crash(self, state: PlanState, found: Restored) -> list[str]:
@@ -349,6 +361,7 @@ class PlanExecution:
         self, run: PlanRun, ending: Ending, found: Restored | None, recovered: int
     ) -> PlanExecutionResult:
         state = run.state
+        spent = run.spent + run.journals.unfinished
         completed = ending.status is ExecutionStatus.COMPLETED
         result = PlanExecutionResult(
             status=ending.status,
@@ -357,10 +370,11 @@ class PlanExecution:
             feedback_context={} if completed else state.plan.to_feedback_context(),
             completed_steps=[step.id for step in state.plan.get_completed_steps()],
             steps_executed=state.steps_taken,
-            total_tokens=state.total_tokens,
-            total_latency_ms=state.total_latency_ms,
-            total_cost=state.total_cost,
+            total_tokens=spent.tokens,
+            total_latency_ms=spent.latency_ms,
+            total_cost=round(spent.cost, 12),
             error=ending.reason if ending.status is ExecutionStatus.FAILED else None,
+            error_type=ending.error_type,
             run_id=run.run_id,
             checkpoint_id=run.session.checkpoint_id if run.session is not None else None,
             resumed_from=found.checkpoint_id if found is not None else None,
@@ -373,9 +387,9 @@ class PlanExecution:
         waits = ending.status is ExecutionStatus.AWAITING_APPROVAL
         self._port.emit(
             "run_ended",
-            tokens=state.total_tokens,
-            latency_ms=state.total_latency_ms,
-            cost=state.total_cost,
+            tokens=spent.tokens,
+            latency_ms=spent.latency_ms,
+            cost=round(spent.cost, 12),
             error=None if completed or waits else ending.reason,
             detail=RUN_STATES[ending.status].value,
         )

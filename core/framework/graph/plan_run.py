@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +12,11 @@ from typing import Any, Protocol
 
 from framework import _faults
 from framework._secrets import mask, mask_error
-from framework.errors import UnstorableValue
+from framework.errors import BudgetExceeded, UnstorableValue
 from framework.graph.attempts import backoff_seconds
+from framework.graph.budget import RunBudget
 from framework.graph.goal import Goal
+from framework.graph.journal import AttemptJournal
 from framework.graph.node_base import is_infrastructure_error
 from framework.graph.plan import (
     ApprovalRequest,
@@ -27,11 +28,15 @@ from framework.graph.plan import (
 )
 from framework.graph.plan_answers import Answers
 from framework.graph.plan_gate import ApprovalGate
+from framework.graph.plan_journals import PlanJournals, journaled_judge, settling, with_spent
+from framework.graph.plan_outcomes import asked_to_wait, ended_record, left_behind, positive, spent_on
 from framework.graph.plan_planner import FINAL, problems_of_names, ready_steps, standstill
 from framework.graph.plan_state import PlanState, now
 from framework.graph.run_events import RunEventKind
 from framework.graph.run_session import Progress, RunSession
 from framework.graph.runtime_port import RuntimePort
+from framework.graph.spending import Spent
+from framework.graph.suspension import Suspended, Waiting
 from framework.graph.worker_actions import SUB_GRAPH_PAUSED, AttemptInfo, StepExecutionResult, failure_of
 from framework.graph.worker_errors import error_text
 from framework.schemas.checkpoint import CheckpointStatus
@@ -55,10 +60,6 @@ _CHECKPOINT_STATUS = {
     RunState.PAUSED: CheckpointStatus.PAUSED,
     RunState.FAILED: CheckpointStatus.FAILED,
 }
-
-
-_RETRY_AFTER_MAX_SECONDS = 300.0
-"""The most of a provider's wish to wait that is granted."""
 
 
 class Worker(Protocol):
@@ -96,6 +97,7 @@ class Ending:
 
     status: ExecutionStatus
     reason: str | None = None
+    error_type: str | None = None
 
     def __post_init__(self) -> None:
         if self.reason:
@@ -118,6 +120,7 @@ class PlanRun:
         limits: Limits,
         approval_callback: Callable[[ApprovalRequest], Any] | None,
         answers: Answers | None = None,
+        budget: RunBudget | None = None,
     ) -> None:
         self.state = state
         self.goal = goal
@@ -128,6 +131,11 @@ class PlanRun:
         self._judge = judge
         self._limits = limits
         self.gate = ApprovalGate(self, approval_callback, answers, getattr(worker, "sandbox", None))
+        self.journals = PlanJournals(run_id, session, budget)
+        self.journals.only_of(
+            self._key(step.id) for step in state.plan.steps if step.status is not StepStatus.COMPLETED
+        )
+        self._held: dict[str, tuple[Waiting, ...]] = {}
         self._running: dict[asyncio.Task[None], str] = {}
         self._sleeps: set[asyncio.Future[None]] = set()
         self._attempting = 0
@@ -184,7 +192,7 @@ class PlanRun:
         so with ``max_concurrency`` 1 nothing overtakes it."""
         if self._stop is not None:
             return []
-        busy = {*self._running.values(), *self.gate.waiting}
+        busy = {*self._running.values(), *self.gate.waiting, *self._held}
         ready = [step for step in ready_steps(self.state.plan, self.state.earlier) if step.id not in busy]
         room = max(1, self._limits.max_concurrency) - len(busy)
         budget = self._limits.max_total_steps - self._used
@@ -206,20 +214,23 @@ class PlanRun:
             "Raise ExecutorConfig.max_total_steps and resume, or make a plan with fewer steps.",
         )
 
-    def stop(self, status: ExecutionStatus, reason: str | None) -> None:
+    def stop(self, status: ExecutionStatus, reason: str | None, error_type: str | None = None) -> None:
         """Start nothing more; what runs is finished first. The first reason counts."""
         if self._stop is None:
-            self._stop = Ending(status, reason)
+            self._stop = Ending(status, reason, error_type)
             for sleep in self._sleeps:
                 sleep.cancel()
 
     def _finish(self) -> Ending:
         if self._stop is not None:
             return self._stop
+        waits = [settling([each for waits in self._held.values() for each in waits])] if self._held else []
         if self.gate.waiting:
             listing = ", ".join(map(repr, sorted(self.gate.waiting)))
             why = "".join(f"; {step_id!r}: {problem}" for step_id, problem in sorted(self.gate.problems.items()))
-            return Ending(ExecutionStatus.AWAITING_APPROVAL, f"Waiting for approval of {listing}{why}")
+            waits.insert(0, f"Waiting for approval of {listing}{why}")
+        if waits:
+            return Ending(ExecutionStatus.AWAITING_APPROVAL, ". ".join(waits))
         found = standstill(self.state.plan, self.state.earlier)
         return Ending(found.status, found.reason)
 
@@ -239,13 +250,58 @@ class PlanRun:
         events: list[dict[str, Any]] = []
         with self.port.recording(events):
             _faults.reach("node.before")
-            await self._attempts(step, events)
+            try:
+                self.journals.check(self.spent)
+                await self._attempts(step, events)
+            except BudgetExceeded as error:
+                # Its journal stays: with a larger budget the step goes on where it was.
+                self.stop(ExecutionStatus.FAILED, str(error), error.kind)
+                self.port.problem("critical", str(error))
+            except Suspended as suspended:
+                await self._hold(step, suspended.waits, events)
+            finally:
+                key = self._key(step.id)
+                self._tell_journal(key)
+                self.journals.close(key, finished=step.status is StepStatus.COMPLETED)
+
+    async def _hold(self, step: PlanStep, waits: tuple[Waiting, ...], events: list[dict[str, Any]]) -> None:
+        """The step waits until somebody has said what became of an effect of it."""
+        self._held[step.id] = waits
+        record = {
+            "kind": "wait",
+            "node": step.id,
+            "step": self._key(step.id),
+            "for": [each.to_json() for each in waits],
+        }
+        await self.note(record, step, events)
+
+    def _tell_journal(self, key: str) -> None:
+        for problem in self.journals.take_problems(key):
+            self.port.problem("warning", problem)
+
+    @property
+    def spent(self) -> Spent:
+        """What the run has spent, over all processes, but for steps in flight."""
+        return Spent(self.state.total_tokens, self.state.total_latency_ms, 0, self.state.total_cost)
+
+    def _key(self, step_id: str) -> str:
+        """The key of the step's present visit, in the journal and in the run's events."""
+        return f"{step_id}#{self.state.standing(step_id).visit}"
+
+    def _place(self, step: PlanStep) -> str:
+        """The step's idempotency key."""
+        first = self.state.standing(step.id).visit == 1
+        return f"{self.run_id}/{step.id if first else self._key(step.id)}"
 
     async def _attempts(self, step: PlanStep, events: list[dict[str, Any]]) -> None:
         """Attempt a step until it is accepted, given up, waits for a person, or the run stops."""
         told = False
         while True:
             work, barred, stood = step, None, step.status
+            key = self._key(step.id)
+            journal = self.journals.attempt(key, self._place(step), self)
+            if journal is not None:
+                await journal.begin()
             if step.requires_approval:
                 # Before each attempt: what was approved are the arguments too, and others may have changed the context.
                 allowed = await self.gate.allow(step, events)
@@ -271,13 +327,21 @@ class PlanRun:
                 self.tell("step_started", step, attempt=step.attempts)
                 told = True
             try:
-                result = barred if barred is not None else await self._work(step, work)
+                result = barred if barred is not None else await self._work(step, work, journal)
+                if journal is not None:
+                    await journal.over()
                 _faults.reach("node.after")
-                own_tokens, own_cost = result.tokens_used, float(_positive(result.cost))
-                judgment = await self._judged(step, work, result)
-                tokens, cost = _spent_on(judgment)
+                own_tokens, own_cost = result.tokens_used, float(positive(result.cost))
+                judgment = await self._judged(step, work, result, journal)
+                tokens, cost = spent_on(judgment)
                 if tokens or own_cost + cost != result.cost:
                     result = replace(result, tokens_used=own_tokens + tokens, cost=own_cost + cost)
+                if journal is not None:
+                    result = with_spent(result, journal)
+                    await journal.over()
+                    if judgment is None or judgment.action is not JudgmentAction.ACCEPT:
+                        await journal.failed()
+                    self._tell_journal(key)
                 _faults.reach("routing")
                 # An attempt counts once it is judged, so that a sibling's commit does not count one that a crash ends.
                 settled = True
@@ -285,7 +349,11 @@ class PlanRun:
                 self.state.steps_taken += 1
                 if result.executor_type == "sub_graph":
                     self.state.standing(step.id).count_child(own_tokens, own_cost)
+                self.journals.counted(key)  # the totals have it in a moment, with nothing waiting in between
                 delay = await self._settle(step, result, judgment, events)
+                accepted = judgment is not None and judgment.action is JudgmentAction.ACCEPT
+                if accepted and step.status is StepStatus.FAILED and journal is not None:
+                    await journal.failed()  # its outputs could not be taken
             except BaseException:
                 if not settled:  # as if the attempt had not begun
                     step.status = before
@@ -317,17 +385,17 @@ class PlanRun:
         said = "max_retries" in step.model_fields_set
         return max(1, step.max_retries if said else self._limits.max_retries_per_step)
 
-    async def _work(self, step: PlanStep, work: PlanStep) -> StepExecutionResult:
+    async def _work(self, step: PlanStep, work: PlanStep, journal: AttemptJournal | None) -> StepExecutionResult:
         standing = self.state.standing(step.id)
-        place = f"{self.run_id}/{step.id}"
         info = AttemptInfo(
             number=step.attempts,
             feedback=standing.feedback,
-            idempotency_key=f"{place}#{standing.visit}" if standing.visit > 1 else place,
+            idempotency_key=self._place(step),
             run_id=self.run_id,
-            child_run_id=f"{place}#{standing.visit}" if self.session is not None else None,
+            child_run_id=f"{self.run_id}/{self._key(step.id)}" if self.session is not None else None,
             child_tokens=standing.child_tokens,
             child_cost=standing.child_cost,
+            journal=journal,
         )
         seconds = self._limits.timeout_seconds
         kind = work.action.action_type.value
@@ -341,11 +409,13 @@ class PlanRun:
             if is_infrastructure_error(error):
                 raise
             if isinstance(error, TimeoutError) and limit.expired():
-                text = f"timed out after {seconds:g} s" + _left_behind(error)
+                text = f"timed out after {seconds:g} s" + left_behind(error)
                 return StepExecutionResult(False, error=text, error_type="timeout", executor_type=kind)
             return failure_of(error, "exception", kind)
 
-    async def _judged(self, step: PlanStep, work: PlanStep, result: StepExecutionResult) -> Judgment | None:
+    async def _judged(
+        self, step: PlanStep, work: PlanStep, result: StepExecutionResult, journal: AttemptJournal | None
+    ) -> Judgment | None:
         """The judgement; ``None`` when the judge failed, which ends the run."""
         if result.error_type == SUB_GRAPH_PAUSED and not result.success:
             return Judgment(action=JudgmentAction.ESCALATE, reasoning="Its sub-graph is paused", feedback=result.error)
@@ -367,7 +437,8 @@ class PlanRun:
         seconds = self._limits.timeout_seconds
         try:
             async with asyncio.timeout(seconds if seconds and seconds > 0 else None) as limit:
-                judgment = await self._judge.evaluate(seen, plain, self.goal, dict(self.state.memory.view()))
+                judge = journaled_judge(self._judge, journal)
+                judgment = await judge.evaluate(seen, plain, self.goal, dict(self.state.memory.view()))
             if not isinstance(judgment, Judgment):
                 raise TypeError(f"it returned {type(judgment).__name__}, not a Judgment")
             return judgment
@@ -453,7 +524,12 @@ class PlanRun:
             ends = self._nothing_left()
             progress = self._progress(step, RunState.COMPLETED if ends else None)
             await self.session.step_done(
-                record, tuple(events), progress, state.scopes, state=RunState.COMPLETED if ends else None
+                record,
+                tuple(events),
+                progress,
+                state.scopes,
+                state=RunState.COMPLETED if ends else None,
+                journal=self._key(step.id),
             )
             events.clear()
         self.tell("step_finished", step, result, attempt=step.attempts)
@@ -489,7 +565,7 @@ class PlanRun:
         delay = backoff_seconds(
             self._limits.retry_delay_seconds, self._limits.retry_max_delay_seconds, step.attempts + 1, random.random()
         )
-        return delay + _asked_to_wait(result)
+        return delay + asked_to_wait(result)
 
     def _attempt_record(self, step: PlanStep, result: StepExecutionResult, feedback: str) -> dict[str, Any]:
         standing = self.state.standing(step.id)
@@ -515,7 +591,7 @@ class PlanRun:
         self.stop(ExecutionStatus.NEEDS_REPLAN, text)
         self.gate.use_up(step)
         self.state.keep(step)
-        await self.note(_ended_record("failed", step, reason, result), step, events)
+        await self.note(ended_record("failed", step, reason, result), step, events)
         self.tell("step_failed", step, result, attempt=step.attempts, error=reason)
 
     async def _back(
@@ -524,7 +600,7 @@ class PlanRun:
         """The step may run again when the run goes on; now the run ends."""
         step.status, step.error = StepStatus.PENDING, reason
         self.state.keep(step)
-        await self.note(_ended_record(kind, step, reason, result), step, events)
+        await self.note(ended_record(kind, step, reason, result), step, events)
         self.tell("step_failed", step, result, attempt=step.attempts, error=reason)
 
     # --- what is committed --------------------------------------------------------------------------------------
@@ -552,7 +628,7 @@ class PlanRun:
         """Tell those who watch the run of a step."""
         self.port.emit(
             kind,
-            step=f"{step.id}#{self.state.standing(step.id).visit}",
+            step=self._key(step.id),
             node_id=step.id,
             attempt=attempt,
             tokens=result.tokens_used if result is not None else 0,
@@ -562,7 +638,11 @@ class PlanRun:
         )
 
     def _progress(self, step: PlanStep | None, run_state: RunState | None = None) -> Progress:
-        return progress_of(self.state, step, self._last_step, run_state)
+        progress = progress_of(self.state, step, self._last_step, run_state)
+        if not self._held:
+            return progress
+        waits = {self._key(step_id): [each.to_json() for each in waits] for step_id, waits in self._held.items()}
+        return replace(progress, position={**progress.position, "waits": waits})
 
     async def leave(self) -> None:
         """Give the run up without an end, for the next process to go on with."""
@@ -595,35 +675,3 @@ def progress_of(state: PlanState, step: PlanStep | None, last_step: str, run_sta
         steps={step.id: state.record(step)} if step is not None else {},
         total_cost=state.total_cost,
     )
-
-
-def _spent_on(judgment: Judgment | None) -> tuple[int, float]:
-    """The tokens of a model that judged and their price in US dollars, by what the judge says of it."""
-    if judgment is None:
-        return 0, 0.0
-    tokens, cost = _positive(judgment.context.get("tokens_used")), _positive(judgment.context.get("cost"))
-    return (tokens if isinstance(tokens, int) else 0), float(cost)
-
-
-def _positive(said: object) -> int | float:
-    """A finite number above zero; 0 for whatever else somebody's own judge or worker has put there."""
-    if isinstance(said, (int, float)) and not isinstance(said, bool) and 0 < said < math.inf:
-        return said
-    return 0
-
-
-def _asked_to_wait(result: StepExecutionResult) -> float:
-    """Seconds that a provider asked to wait before the next attempt."""
-    return min(float(_positive(result.retry_after)), _RETRY_AFTER_MAX_SECONDS) if not result.success else 0.0
-
-
-def _ended_record(kind: str, step: PlanStep, reason: str, result: StepExecutionResult) -> dict[str, Any]:
-    """The log record of an attempt after which its step does not go on in this execution."""
-    record: dict[str, Any] = {"kind": kind, "node": step.id, "error": reason}
-    return {**record, "cost": round(result.cost, 12)} if result.cost else record
-
-
-def _left_behind(error: BaseException) -> str:
-    """What a worker says of work that a time limit cannot end."""
-    said = str(error.__cause__ or "")
-    return f"; {said}" if said else ""

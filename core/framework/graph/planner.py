@@ -192,6 +192,16 @@ def resume(position: Position) -> Position:
     return replace(position, ready=(*position.ready, *position.held), held=(), paused_at=None, branches=branches)
 
 
+def release(position: Position, step: Step) -> Position:
+    """The position once ``step``, which was held by ``hold``, can go on; what else is held stays so."""
+    held = tuple(other for other in position.held if other != step)
+    paused_at = position.paused_at
+    if paused_at == step.node_id:
+        pausing = [each.head for each in position.branches.values() if each.status not in (*_OVER, "running")]
+        paused_at = min([other.node_id for other in held] + pausing, default=None)
+    return replace(position, ready=(*position.ready, step), held=held, paused_at=paused_at)
+
+
 def _paused_at(position: Position, step: Step) -> str:
     """The node the run paused at; of branches that pause at the same time the same one whichever was faster."""
     return step.node_id if position.paused_at is None else min(position.paused_at, step.node_id)

@@ -8,21 +8,20 @@ from typing import Any, Literal
 
 from framework.graph import definition as graphs
 from framework.graph import plan_planner as plans
-from framework.graph import planner
+from framework.graph import planner, suspension
 from framework.graph.cancelling import was_let_go
 from framework.graph.edge import GraphSpec
+from framework.graph.journal_rows import ANSWERED, settle_message
 from framework.graph.plan import Plan, StepStatus
 from framework.graph.plan_state import PlanState
 from framework.graph.readable import readable_state
+from framework.graph.run_export import iso_time
 from framework.graph.run_steps import STEP_LIMIT, StepView, plan_state, position_of
 from framework.graph.stored_run import StoredRun
 from framework.schemas.run import RunState
 from framework.storage.checkpoints import SCOPE_MARK
 
 Verdict = Literal["goes_on", "waits", "nothing", "busy", "refused"]
-
-UNKNOWN_EFFECTS = "runs again, from its start; calls it had made may be made again: their effects are unknown"
-"""What is said of a step that had begun, or may have, and is not committed. There is no journal of its calls yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +36,22 @@ class Again:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """What a person has to give first: ``input`` for ``keys`` of the state, or an ``approval`` of a plan's step."""
+    """What has to come first: ``input`` of a person for ``keys`` of the state, an ``approval`` of a plan's step, or
+    what a node waits for: the end of a ``sleep``, a ``signal`` called ``name``, the ``answer`` to its ``question``,
+    whose id is ``name``, or that somebody ``settle`` the effect of the call ``name``.
 
-    kind: Literal["input", "approval"]
+    ``step`` is the node's id, or the key of a step that is in the middle of its calls. ``until`` is when the wait ends
+    by itself, in seconds since the epoch. ``schema`` is what an answer must fit.
+    """
+
+    kind: Literal["input", "approval", "sleep", "signal", "answer", "settle"]
     step: str
     keys: tuple[str, ...] = ()
     question: str | None = None
     request_id: str | None = None
+    name: str | None = None
+    until: float | None = None
+    schema: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +62,8 @@ class ResumeOutlook:
     run for the first time; what follows them is not known yet. ``lost`` are finished steps that must run again because
     the checkpoints after them are damaged. ``refusals`` say why a resume is refused, ``changes`` how the definition
     differs, ``notes`` what else there is to know. ``checkpoint_id`` is where it begins, ``None`` at the run's start.
+    ``unknown`` are calls whose effects nobody knows and nobody has settled: a resume pauses, or fails, when it comes to
+    one.
     """
 
     verdict: Verdict
@@ -65,6 +75,7 @@ class ResumeOutlook:
     first: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
     waiting: tuple[Waiting, ...] = ()
+    unknown: tuple[str, ...] = ()
     refusals: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -101,15 +112,16 @@ def outlook(
             changes=tuple(changes),
             notes=tuple(_notes(run, steps)),
         )
-    again = tuple(_again(run, steps, lost))
-    waiting = tuple(_waiting(run))
+    again = tuple(_again(run, steps, lost, now))
+    waiting = tuple(_waiting(run, now))
     first = tuple(view.key for view in steps if view.status == "next")
     if refusals:
         verdict: Verdict = "refused"
         text = "It would be refused: " + " ".join(refusals)
     elif waiting and not again and not first:
         verdict = "waits"
-        text = "It waits for a person: " + "; ".join(map(_asked, waiting)) + "."
+        person = " for a person" if any(each.kind in _OF_A_PERSON for each in waiting) else ""
+        text = f"It waits{person}: " + "; ".join(map(asked, waiting)) + "."
     else:
         verdict = "goes_on"
         text = _summary(sequence, kept, again, first, waiting)
@@ -123,6 +135,7 @@ def outlook(
         first=first,
         lost=lost,
         waiting=waiting,
+        unknown=tuple(_unknown(run)),
         refusals=refusals,
         changes=tuple(changes),
         notes=tuple(_notes(run, steps)),
@@ -149,14 +162,29 @@ def _summary(
     if first:
         parts.append(f"next {', '.join(first)}")
     if waiting:
-        parts.append(f"{_counted(len(waiting))} waiting for a person")
+        parts.append(f"{_counted(len({each.step for each in waiting}))} waiting")
     return f"{begins}: {', '.join(parts)}."
 
 
-def _asked(waiting: Waiting) -> str:
-    if waiting.kind == "approval":
-        return f"step {waiting.step!r} needs an approval"
-    return f"{waiting.step!r} asks for {', '.join(waiting.keys) if waiting.keys else 'an answer'}"
+_OF_A_PERSON = ("input", "approval", "answer", "settle")
+
+
+def asked(waiting: Waiting) -> str:
+    """What a run waits for, in words."""
+    until = f" until {iso_time(waiting.until)}" if waiting.until is not None else ""
+    match waiting.kind:
+        case "approval":
+            return f"step {waiting.step!r} needs an approval"
+        case "input":
+            return f"{waiting.step!r} asks for {', '.join(waiting.keys) if waiting.keys else 'an answer'}"
+        case "sleep":
+            return f"{waiting.step!r} sleeps{until}"
+        case "signal":
+            return f"{waiting.step!r} waits for the signal {waiting.name!r}{until}"
+        case "answer":
+            return f"{waiting.step!r} asks: {waiting.question}"
+        case _:
+            return f"the effect of the call {waiting.name!r} is unknown"
 
 
 def _kept(steps: Sequence[StepView], lost: Sequence[str]) -> tuple[str, ...]:
@@ -222,33 +250,73 @@ def _refusals(
 # --- what runs ------------------------------------------------------------------------------------------------------
 
 
-def _again(run: StoredRun, steps: Sequence[StepView], lost: Sequence[str]) -> list[Again]:
+def _again(run: StoredRun, steps: Sequence[StepView], lost: Sequence[str], now: float) -> list[Again]:
     found = [Again(key, key, True, "finished, but its checkpoint is damaged; runs again") for key in lost]
     stopped = {RunState.CANCELLED: "the run was cancelled", RunState.FAILED: "the run failed"}.get(
         run.state, "its process left the run to the next one" if _left(run) else "its process ended"
     )
+    waits = waits_of(run.body)
     for view in steps:
         if view.key in lost:
             continue
         if view.status == "failed":
-            why = f"failed ({_counted(view.attempts, 'attempt')}); {UNKNOWN_EFFECTS}"
+            why = f"failed ({_counted(view.attempts, 'attempt')}); {_from_its_start(run, view)}"
             if run.is_plan and run.state is not RunState.FAILED:
                 continue  # a plan's failed step is tried afresh only once the run itself has failed
             found.append(Again(view.key, view.node_id, True, why))
         elif view.status in ("interrupted", "running"):
             began = view.attempts > 0
             what = "was" if began else "may have been"
-            why = f"{what} in flight when {stopped}; {UNKNOWN_EFFECTS}"
+            why = f"{what} in flight when {stopped}; {_from_its_start(run, view)}"
             found.append(Again(view.key, view.node_id, began, why))
+        elif view.journal_key in waits and _is_over(run, waits[view.journal_key], now):
+            why = f"what it waited for has come; {_from_its_start(run, view)}"
+            found.append(Again(view.key, view.node_id, True, why))
     return found
+
+
+def _from_its_start(run: StoredRun, view: StepView) -> str:
+    """What becomes of the calls of a step that runs again."""
+    states = [call.state for call in run.calls if call.step == view.journal_key]
+    done = sum(1 for state in states if state in ANSWERED)
+    begun = sum(1 for state in states if state in ("begun", "running"))
+    unknown = sum(1 for state in states if state == "unknown")
+    parts = [f"{_counted(done, 'recorded call')} answered from the journal"] if done else []
+    parts += [f"{_counted(begun, 'call')} in flight made again, with the same idempotency key"] if begun else []
+    parts += [f"the effect of {_counted(unknown, 'call')} unknown"] if unknown else []
+    return f"runs again, from its start; {', '.join(parts) or 'no call of it is recorded'}"
+
+
+def _unknown(run: StoredRun) -> list[str]:
+    """Calls whose effects are unknown and have not been settled."""
+    left = {message.name for message in run.messages}
+    unknown = [call for call in run.calls if call.state == "unknown"]
+    return [call.id for call in unknown if settle_message(call.step, {"n": call.number, "at": call.at}) not in left]
+
+
+def waits_of(body: Mapping[str, Any]) -> dict[str, list[suspension.Waiting]]:
+    """What held steps wait for, by step key, as a checkpoint's ``body`` has it; those for input are not in it."""
+    waits = (body.get("position") or {}).get("waits") or {}
+    return {step: [suspension.Waiting.from_json(each) for each in listed] for step, listed in waits.items()}
+
+
+def _is_over(run: StoredRun, waits: Sequence[suspension.Waiting], now: float) -> bool:
+    left = {message.name for message in run.messages}
+    return any(each.is_over(left, now) for each in waits)
 
 
 def _left(run: StoredRun) -> bool:
     return run.record.owner is None and was_let_go(run.log)
 
 
-def _waiting(run: StoredRun) -> list[Waiting]:
-    return _waiting_for_approval(run) if run.is_plan else _waiting_for_input(run)
+def _waiting(run: StoredRun, now: float) -> list[Waiting]:
+    people = _waiting_for_approval(run) if run.is_plan else _waiting_for_input(run)
+    return people + [
+        Waiting(each.kind, step, question=each.question, name=each.name or None, until=each.until, schema=each.schema)
+        for step, waits in waits_of(run.body).items()
+        if not _is_over(run, waits, now)
+        for each in waits
+    ]
 
 
 def _waiting_for_input(run: StoredRun) -> list[Waiting]:
@@ -256,8 +324,9 @@ def _waiting_for_input(run: StoredRun) -> list[Waiting]:
     asked = {record.get("step") for record in run.log if record.get("kind") == "wait"}
     nodes = (run.definition or {}).get("nodes") or {}
     found = []
+    suspended = waits_of(run.body)
     for step in position.held:
-        if step.key not in asked:
+        if step.key not in asked or step.key in suspended:
             continue
         values = _values_of(run, step.branch)
         keys = [str(key) for key in (nodes.get(step.node_id) or {}).get("output_keys", ())]

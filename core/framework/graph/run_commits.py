@@ -64,6 +64,8 @@ class Pending:
     progress: Progress | None = None
     state: RunState | None = None
     error: str | None = None
+    journal_done: Sequence[str] = ()
+    wake_at: float | None = None
     order: int = 0
     sequence: int = 0
     checkpoint_id: str | None = None
@@ -261,6 +263,8 @@ class RunCommits:
                         progress=group[-1].progress,
                         state=group[-1].state,
                         error=group[-1].error,
+                        journal_done=[step for each in group for step in each.journal_done],
+                        wake_at=group[-1].wake_at,
                         order=group[0].order,
                     )
                 )
@@ -287,6 +291,8 @@ class RunCommits:
             error=pending.error,
             release=pending.state is not None,
             retention=retention_of(self._config),
+            journal_done=pending.journal_done,
+            wake_at=pending.wake_at,
         )
         pending.future = self._committer.commit(commit)
         self._sequence += 1

@@ -10,8 +10,10 @@ from typing import Any
 
 from framework._secrets import mask_value, register_environment
 from framework.errors import CorruptData, StorageError
+from framework.graph.journal_rows import CallRecord
 from framework.graph.readable import masked_state, plain_json, type_of
 from framework.graph.stored_run import StoredRun, read_stored
+from framework.storage import codec
 from framework.storage.checkpoints import SCOPE_MARK
 from framework.storage.interface import Storage
 from framework.storage.records import CheckpointRow
@@ -20,7 +22,7 @@ FORMAT = "surefoot-run"
 FORMAT_VERSION = 1
 _SCOPE = "/"
 
-TIMES = frozenset({"created_at", "updated_at", "finished_at", "lease_until"})
+TIMES = frozenset({"created_at", "updated_at", "finished_at", "lease_until", "wake_at", "at", "until"})
 """Fields of records and views that are moments, in seconds since the epoch."""
 
 
@@ -53,6 +55,7 @@ def export_run(
         "definition": run.definition,
         "input": _state({key: run.initial[key] for key in keys if key in run.initial}, values),
         "log": list(_log(storage, run, values)),
+        "journal": [_call(each, values) for each in run.calls],
         "checkpoints": [_checkpoint(row, values) for row in reversed(run.rows)],
         "state_sequence": run.checkpoint.sequence if run.checkpoint is not None else 0,
         "state": _state(run.values, values),
@@ -92,6 +95,12 @@ def _log(storage: Storage, run: StoredRun, values: bool) -> Iterable[dict[str, A
             records = [_without(each, _SPOKEN) for each in records]
             events = [{"kind": each.get("kind")} for each in events if isinstance(each, dict)]
         yield {"sequence": row.sequence, "records": records, "events": events}
+
+
+def _call(call: CallRecord, values: bool) -> dict[str, Any]:
+    plain = dataclasses.asdict(call)
+    plain["answer"] = masked_state({"answer": plain_json(codec.encode(call.answer))})["answer"]
+    return plain if values else _without(plain, ("answer", "question"))
 
 
 _SPOKEN = ("feedback", "judgment", "reason")

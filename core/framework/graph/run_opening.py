@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 from framework.errors import CommitConflict, CorruptData, DefinitionChanged, ResumeError, RunExists, RunNotFound
+from framework.graph import journal_rows
+from framework.graph.spending import Spent
 from framework.schemas.checkpoint import CheckpointStatus, ExecutorType
 from framework.schemas.run import RunState
 from framework.storage import checkpoints as stored
@@ -61,6 +64,8 @@ class Restored:
     checkpoint_sequence: int
     damage: Sequence[Damage]
     error: str | None
+    journal: Mapping[str, Spent] = field(default_factory=dict)
+    """The steps that have journal rows, and what their questions to models took that no record counts yet."""
 
     @property
     def rewinds(self) -> bool:
@@ -118,8 +123,18 @@ def open_run(
         if restored.rewinds:
             storage.rewind(record.run_id, record.token, restored.checkpoint_sequence)
         state = _as_told(record.state, restored.body, [*restored.records, *restored.later])
-        return record, replace(restored, found=state, error=record.error)
+        journal = {} if record.state is RunState.COMPLETED else _journal(storage, record.run_id)
+        return record, replace(restored, found=state, error=record.error, journal=journal)
     raise ResumeError(new.run_id, f"Run {new.run_id!r} kept changing while it was being claimed; call again.")
+
+
+def _journal(storage: Storage, run_id: str) -> dict[str, Spent]:
+    """Read after the run was claimed: until then its last owner may write. Damage is told when a step reads its own."""
+    rows = storage.read_journal(run_id, on_damage=lambda item: None)
+    return {
+        step: journal_rows.fold(journal_rows.parse(group)).spent
+        for step, group in groupby(rows, key=lambda row: row.step)
+    }
 
 
 def read_run(storage: Storage, run_id: str) -> Restored:

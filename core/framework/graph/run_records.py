@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from framework.graph.attempts import Visit
+from framework.graph.memory import SharedMemory, isolated
 from framework.graph.planner import Position, Step
 from framework.graph.spending import Spent
 from framework.schemas.run import RunState
@@ -45,3 +46,30 @@ def attempts_used(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         elif record.get("kind") == "end" and record.get("state") == RunState.FAILED.value:
             used.clear()
     return used
+
+
+def finished_steps(records: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The keys of the steps that a log tells of as finished."""
+    done = [record for record in records if record.get("kind") == "step"]
+    return {Step(record["node"], record["visit"], record.get("branch", "")).key for record in done}
+
+
+def stored_input(step: Step, given: Mapping[str, Any], view: Mapping[str, Any]) -> dict[str, Any]:
+    """A step's input as stored: names of values that the state (``view``) holds as well, and the values it does not."""
+    same = [key for key, value in given.items() if key in view and view[key] is value]
+    own = {key: value for key, value in given.items() if key not in same}
+    return {"branch": step.branch, "same": same, **({"own": own} if own else {})}
+
+
+def given_input(step: Step, given: Mapping[str, Any], memory: SharedMemory) -> dict[str, Any]:
+    """A step's input as its node may have it: inside a branch, nothing that another branch can touch."""
+    view = memory.view()
+    return {
+        # What the state holds as well is handed out by it, so that it knows, and a branch gets its own copy.
+        key: memory.peek(key)
+        if key in view and view[key] is value
+        else isolated(value, f"the input {key!r} of {step.node_id}")
+        if step.branch
+        else value
+        for key, value in given.items()
+    }

@@ -24,6 +24,7 @@ from framework.graph.run_commits import Pending, Progress, RunCommits, wait_for
 from framework.graph.run_messages import Inbox, public
 from framework.graph.run_metadata import json_facts
 from framework.graph.run_opening import Definition, Restored, open_run
+from framework.graph.spending import NOTHING, Spent
 from framework.graph.state_tracker import Staged, StateTracker
 from framework.schemas.checkpoint import CheckpointConfig
 from framework.schemas.run import RunState
@@ -31,7 +32,7 @@ from framework.storage import codec
 from framework.storage.committer import Committer, committer_of
 from framework.storage.interface import Storage
 from framework.storage.ownership import new_owner, retire
-from framework.storage.records import Message, NewRun, RunRecord
+from framework.storage.records import Damage, JournalRow, JournalWrite, Message, NewRun, RunRecord
 
 __all__ = ["Opened", "Progress", "RunSession", "open_session", "wait_for"]
 
@@ -151,6 +152,9 @@ class RunSession:
         self._checked: tuple[Mapping[str, SharedMemory], Staged] | None = None
         self._saved_step = 0
         self._ended = False
+        self._journaled: set[str] = set()
+        self._journal_spent: dict[str, Spent] = {}
+        self._journal_done: list[str] = []
         self._inbox = Inbox(run.run_id, run.token)
         committer.hold(self.run_id, self._token, config.lease_seconds, self._inbox.deliver)
 
@@ -162,6 +166,8 @@ class RunSession:
     def take_up(self, restored: Restored) -> None:
         """Go on after a restored checkpoint."""
         self._commits.checkpoint_id = restored.checkpoint_id
+        self._journaled.update(restored.journal)
+        self._journal_spent = {step: spent for step, spent in restored.journal.items() if spent is not NOTHING}
         self._saved_step = int(restored.body.get("step_number") or 0)
         if restored.rewinds:
             self._records.append({"kind": "rewind", "to": restored.checkpoint_sequence})
@@ -200,6 +206,50 @@ class RunSession:
         run_id = self.run_id
         return public(await wait_for(self._committer.call(lambda storage: storage.read_messages(run_id))))
 
+    # --- the journal --------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> CheckpointConfig:
+        """How the run is checkpointed."""
+        return self._config
+
+    @property
+    def stops_on_error(self) -> bool:
+        """Whether a refused commit, or journal row, ends the run."""
+        return self._config.on_commit_error == "stop"
+
+    def has_journal(self, step: str) -> bool:
+        """Whether the store has journal rows of the step, by its key."""
+        return step in self._journaled
+
+    def write_journal(self, rows: Sequence[JournalRow]) -> Future[None]:
+        """Hand journal rows over, in order with the commits; done when they are durable, whatever ``durability``."""
+        self._journaled.update(row.step for row in rows)
+        return self._committer.journal(JournalWrite(self.run_id, self._token, rows))
+
+    def read_journal(self, step: str) -> Future[list[JournalRow]]:
+        """A step's journal rows; damaged ones are reported as problems and left out."""
+        run_id, damage = self.run_id, self._on_problem
+        told: list[Damage] = []
+
+        def read(storage: Storage) -> list[JournalRow]:
+            rows = storage.read_journal(run_id, step, told.append)
+            for item in told:
+                damage(f"{item.where} of run {run_id!r} is damaged, so a call may be made again: {item.problem}")
+            return rows
+
+        return self._committer.call(read)
+
+    def read_messages(self) -> Future[list[Message]]:
+        """As ``messages``, for whoever waits in another way."""
+        run_id = self.run_id
+        return self._committer.call(lambda storage: public(storage.read_messages(run_id)))
+
+    @property
+    def journal_spent(self) -> dict[str, Spent]:
+        """What questions to models took that are in the journals found on a resume, by step."""
+        return self._journal_spent
+
     # --- what a step leaves behind ------------------------------------------------------------------------------
 
     async def note(
@@ -210,12 +260,16 @@ class RunSession:
         scopes: Mapping[str, SharedMemory],
         *,
         state: RunState | None = None,
+        wake_at: float | None = None,
     ) -> None:
-        """Commit something that is no step: the input a resume brought, or a wait for an answer (``state`` paused)."""
+        """Commit something that is no step: the input a resume brought, or a wait for an answer (``state`` paused).
+
+        ``wake_at`` is when a paused run is due, in seconds since the epoch.
+        """
         self._scopes.update(scopes)
         self._records.append(record)
         self._events.extend(events)
-        self._put(progress, state=state)
+        self._put(progress, state=state, wake_at=wake_at)
         await self._settle(state)
 
     async def attempt_failed(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
@@ -250,12 +304,16 @@ class RunSession:
         *,
         quiet: bool = True,
         state: RunState | None = None,
+        journal: str | None = None,
+        wake_at: float | None = None,
     ) -> None:
         """Commit a finished step, or keep it for the next commit when none is due.
 
         ``scopes`` are the memories the step changed, by branch; branches in ``over`` are gone. ``quiet`` says that no
         other step is in flight. A ``state`` (completed, paused) ends the session with this commit. What is committed
-        is fixed before the first ``await``, so concurrent steps commit in the order they call this.
+        is fixed before the first ``await``, so concurrent steps commit in the order they call this. ``journal`` is the
+        step's key in the journal: its rows go with the commit that takes the step up. ``wake_at`` is when a run that
+        this pauses is due.
         Raises ``StorageError`` or ``LeaseLost`` when a commit was refused; under ``on_commit_error="continue"``
         only ``LeaseLost``.
         """
@@ -267,6 +325,8 @@ class RunSession:
         self._over |= gone
         self._records.append({"kind": "step", **record})
         self._events.extend(events)
+        if journal in self._journaled and not self._config.keep_journal:
+            self._journal_done.append(journal)
         if state is None:
             if self._config.durability == "exit":
                 return
@@ -274,7 +334,7 @@ class RunSession:
             if self._config.save_frequency != "every_node" and not (quiet and self._is_due(progress)):
                 return
         _faults.reach("commit.before")
-        self._put(progress, state=state, checked=checked)
+        self._put(progress, state=state, checked=checked, wake_at=wake_at)
         await self._settle(state)
         _faults.reach("commit.after")
 
@@ -286,6 +346,8 @@ class RunSession:
         progress: Progress,
         scopes: Mapping[str, SharedMemory],
         over: Iterable[str] = (),
+        *,
+        wake_at: float | None = None,
     ) -> None:
         """Record that the run ended without a last step (failed, cancelled, nothing left to do) and give it up.
 
@@ -303,9 +365,9 @@ class RunSession:
         if waiting or state is RunState.COMPLETED:
             self._scopes.update(scopes)
             self._over |= set(over)
-            self._put(progress, state=state, error=error)
+            self._put(progress, state=state, error=error, wake_at=wake_at)
         else:
-            self._put(None, state=state, error=error)
+            self._put(None, state=state, error=error, wake_at=wake_at)
         for attempt in range(_LAST_ATTEMPTS):
             if attempt:
                 await asyncio.sleep(_LAST_DELAY_SECONDS * 2 ** (attempt - 1))
@@ -384,9 +446,16 @@ class RunSession:
         state: RunState | None = None,
         error: str | None = None,
         checked: tuple[Mapping[str, SharedMemory], Staged] | None = None,
+        wake_at: float | None = None,
     ) -> None:
         """Make one commit of everything collected."""
-        commit = Pending(self._records, self._events, progress=progress, state=state, error=error)
+        commit = Pending(self._records, self._events, progress=progress, state=state, error=error, wake_at=wake_at)
+        if state is RunState.COMPLETED and self._journaled and not self._config.keep_journal:
+            # With what is left of steps that a resume did not come to again.
+            self._journal_done = sorted(self._journaled)
+        if self._journal_done and progress is not None:
+            commit.journal_done, self._journal_done = self._journal_done, []
+            self._journaled.difference_update(commit.journal_done)
         if progress is not None:
             if checked is not None and checked[0] == self._scopes and not self._over:
                 staged = checked[1]

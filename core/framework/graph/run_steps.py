@@ -64,6 +64,11 @@ class StepView:
     needs: tuple[str, ...] = ()
     failed_attempts: tuple[FailedAttempt, ...] = field(default=())
 
+    @property
+    def journal_key(self) -> str:
+        """The step's key in the run's journal: of a plan's step always with its visit."""
+        return self.key if self.key != self.node_id else f"{self.node_id}#{self.visit}"
+
 
 def total_cost(run: StoredRun) -> float:
     """What the run has cost so far in USD, failed attempts included, as far as prices are known."""
@@ -292,6 +297,7 @@ def plan_steps(run: StoredRun) -> list[StepView]:
         return []
     ready = {step.id for step in ready_steps(state.plan, state.earlier)}
     attempts = _attempts(run.log)
+    suspended = (run.body.get("position") or {}).get("waits") or {}
     commits = {str(each.get("node")): each for each in run.log if each.get("kind") == "step"}
     views = []
     for step in state.plan.steps:
@@ -304,7 +310,9 @@ def plan_steps(run: StoredRun) -> list[StepView]:
                 key=step.id if standing.visit == 1 else f"{step.id}#{standing.visit}",
                 node_id=step.id,
                 visit=standing.visit,
-                status=_plan_standing(run, state, step, step.id in ready),
+                status="waiting"
+                if f"{step.id}#{standing.visit}" in suspended and run.state is RunState.PAUSED
+                else _plan_standing(run, state, step, step.id in ready),
                 attempts=step.attempts,
                 tokens=standing.tokens,
                 cost=sum(float(each.get("cost") or 0.0) for each in records),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from typing import Any, Literal
 from framework.graph import readable
 from framework.graph.checkpoint_diff import Change, diff_checkpoints, find_checkpoint, state_at
 from framework.graph.edge import GraphSpec
+from framework.graph.journal_rows import CallState
 from framework.graph.plan import Plan
 from framework.graph.resume_outlook import Again, ResumeOutlook, Waiting, outlook
 from framework.graph.run_export import TIMES, export_run, iso_time
@@ -23,6 +24,7 @@ from framework.storage.interface import Storage
 
 __all__ = [
     "Again",
+    "CallView",
     "Change",
     "FailedAttempt",
     "ProblemView",
@@ -61,6 +63,31 @@ class StateKey:
 
 
 @dataclass(frozen=True, slots=True)
+class CallView:
+    """A call inside a step that is not finished, as the run's journal knows it; see ``CallRecord``.
+
+    ``answer`` is what it was answered, in short, with what is under secret names masked. ``at`` is when it was
+    recorded, ``until`` when a sleep or a wait ends. ``answers_to`` is the name that ``runs send`` takes.
+    """
+
+    id: str
+    step: str
+    number: int
+    kind: str
+    name: str
+    state: CallState
+    policy: str
+    key: str
+    at: float | None
+    until: float | None
+    tokens: int
+    cost: float
+    answer: str | None
+    answers_to: str | None
+    question: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class RunView:
     """A run at one moment. Times are seconds since the epoch by the store's clock.
 
@@ -68,8 +95,9 @@ class RunView:
     ``lease_seconds_left`` are ``None`` when nobody holds it; ``asked_to_stop``: somebody asked its owner to cancel it.
     ``steps_taken`` counts visits (of a plan: attempts), ``cost`` is in USD and 0.0 when no price is known.
     ``checkpoints`` is how many are kept, ``first`` and ``last`` their sequences. ``steps`` are the visits in the order
-    they were committed, then those to come; of a plan all its steps. ``damage`` are lines on what cannot be read,
-    ``not_rebuilt`` on values whose type this program lacks.
+    they were committed, then those to come; of a plan all its steps. ``calls`` are those recorded inside steps that
+    are not finished, by step and number. ``damage`` are lines on what cannot be read, ``not_rebuilt`` on values whose
+    type this program lacks.
     """
 
     run_id: str
@@ -97,6 +125,7 @@ class RunView:
     cost: float
     path: tuple[str, ...]
     steps: tuple[StepView, ...]
+    calls: tuple[CallView, ...]
     problems: tuple[ProblemView, ...]
     checkpoints: int
     first_checkpoint: int | None
@@ -151,6 +180,7 @@ def view_run(
         cost=total_cost(run),
         path=tuple(run.body.get("path") or path_of(run.records)),
         steps=tuple(steps),
+        calls=_calls(run, steps),
         problems=_problems(run),
         checkpoints=len(run.rows),
         first_checkpoint=run.rows[-1].sequence if run.rows else None,
@@ -166,7 +196,7 @@ def as_json(value: Any) -> Any:
     """A view, or any part of one, as plain JSON: objects by field name, states as their words, moments as ISO 8601."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {name: iso_time(item) if name in TIMES and item is not None else as_json(item) for name, item in fields}
+        return {name: iso_time(item) if _is_time(name, item) else as_json(item) for name, item in fields}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
@@ -174,6 +204,39 @@ def as_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [as_json(item) for item in value]
     return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def _is_time(name: str, item: Any) -> bool:
+    return name in TIMES and isinstance(item, (int, float))
+
+
+def _calls(run: StoredRun, steps: Sequence[StepView]) -> tuple[CallView, ...]:
+    finished = {view.journal_key for view in steps if view.status in ("done", "handled")}
+    return tuple(
+        CallView(
+            id=call.id,
+            step=call.step,
+            number=call.number,
+            kind=call.kind,
+            name=call.name,
+            state=call.state,
+            policy=call.policy,
+            key=call.key,
+            at=call.at,
+            until=call.until,
+            tokens=call.tokens,
+            cost=call.cost,
+            answer=_answer(call.answer) if call.state == "done" and call.kind != "sleep" else None,
+            answers_to=call.answers_to,
+            question=call.question,
+        )
+        for call in run.calls
+        if call.step not in finished
+    )
+
+
+def _answer(value: Any) -> str:
+    return readable.preview(readable.masked_state({"": value})[""], 200)
 
 
 def _input(run: StoredRun) -> dict[str, Any]:

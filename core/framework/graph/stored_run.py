@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from framework.errors import CorruptData, RunNotFound, StorageError, StoreTooNew, SurefootError, UnknownType
+from framework.graph import journal_rows
+from framework.graph.journal_rows import CallRecord
 from framework.graph.readable import plain_json, readable
 from framework.graph.run_messages import cancel_name
 from framework.schemas.run import RunState
 from framework.storage import checkpoints as stored
 from framework.storage.interface import Storage
 from framework.storage.ownership import effective_state
-from framework.storage.records import CheckpointRow, Damage, LogRow, Message, RunRecord
+from framework.storage.records import CheckpointRow, Damage, JournalRow, LogRow, Message, RunRecord
 
 _READ_ATTEMPTS = 5
 
@@ -26,8 +29,8 @@ class StoredRun:
     form, ``None`` when the store lacks it. ``rows`` are the readable checkpoints, newest first; ``checkpoint`` is the
     one that a resume goes on from, with its ``body`` and the state's encoded ``values`` by stored key; without one the
     run begins with its ``initial`` values. ``records`` are the log's up to that checkpoint, ``later`` those after it,
-    ``events`` the decisions and problems, ``messages`` what was left for the run from outside. ``blocked`` says why no
-    checkpoint can be used though there are some.
+    ``events`` the decisions and problems, ``messages`` what was left for the run from outside, ``calls`` those in its
+    journal, by step and number. ``blocked`` says why no checkpoint can be used though there are some.
     """
 
     record: RunRecord
@@ -43,6 +46,7 @@ class StoredRun:
     later: Sequence[Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
     messages: Sequence[Message]
+    calls: Sequence[CallRecord]
     damage: Sequence[Damage]
     blocked: str | None
 
@@ -107,10 +111,12 @@ def _read(storage: Storage, record: RunRecord) -> StoredRun:
     log = _guarded(lambda: storage.read_log(run_id, on_damage=damage.append), damage, record, "log") or []
     records = _records(log, damage, record)
     messages = _guarded(lambda: storage.read_messages(run_id, damage.append), damage, record, "messages")
+    state = effective_state(record)
+    calls = _guarded(lambda: _calls(storage, record, state, damage), damage, record, "journal")
     chosen = row.sequence if row is not None else 0
     return StoredRun(
         record=record,
-        state=effective_state(record),
+        state=state,
         header=header,
         definition=definition,
         rows=rows,
@@ -122,9 +128,33 @@ def _read(storage: Storage, record: RunRecord) -> StoredRun:
         later=[each for each in records if each["sequence"] > chosen],
         events=_events(log, damage, record),
         messages=messages or (),
+        calls=calls or (),
         damage=tuple(dict.fromkeys(damage)),
         blocked=blocked,
     )
+
+
+def _calls(storage: Storage, record: RunRecord, state: RunState, damage: list[Damage]) -> list[CallRecord]:
+    found: list[CallRecord] = []
+    rows = storage.read_journal(record.run_id, on_damage=damage.append)
+    for step, group in groupby(rows, key=lambda row: row.step):
+        parsed = [
+            _guarded(lambda row=row: _parse_call(row), damage, record, f"journal row {step}/{row.number}")
+            for row in group
+        ]
+        known = [each for each in parsed if each is not None]
+        found += journal_rows.describe(step, known, running=state is RunState.RUNNING)
+    return found
+
+
+def _parse_call(row: JournalRow) -> journal_rows.Row:
+    try:
+        return journal_rows.parse([row])[0]
+    except UnknownType:
+        parsed = readable(plain_json(row.record))
+        if not isinstance(parsed, dict):
+            raise CorruptData("It is not an object.") from None
+        return {**parsed, "n": row.number}
 
 
 def readable_body(row: CheckpointRow) -> dict[str, Any]:

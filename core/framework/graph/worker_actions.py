@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from framework._secrets import mask, mask_value
-from framework.errors import LLMError
-from framework.graph.calls import StepThreads, tokens_of
+from framework.errors import LLMError, UnstorableValue
+from framework.graph.calls import KEY, StepThreads, tokens_of, tool_takes_key
 from framework.graph.code_checks import needed_names
 from framework.graph.code_sandbox import CodeSandbox
+from framework.graph.journal import AttemptJournal, CallSpec, request_hash
+from framework.graph.journal_llm import JournaledLLM
+from framework.graph.journal_rows import Policy
 from framework.graph.json_reply import widest_braces
 from framework.graph.node_base import is_infrastructure_error
 from framework.graph.plan import ActionType, PlanStep
@@ -65,6 +68,8 @@ class AttemptInfo:
     child_run_id: str | None = None
     child_tokens: int = 0
     child_cost: float = 0.0
+    journal: AttemptJournal | None = field(default=None, repr=False, compare=False)
+    """Where questions to models and tool calls of the attempt are recorded, and answered from after a crash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +176,7 @@ async def llm_call(resources: Resources, work: Work) -> StepExecutionResult:
         return failure("The action has no prompt", "invalid_action", "llm_call")
     try:
         response = await ask(
-            _StepModel(resources, work),
+            _model(resources, work),
             messages=[{"role": "user", "content": _prompt(action.prompt, work)}],
             system=action.system_prompt,
             model=action.model,
@@ -199,6 +204,11 @@ async def llm_call(resources: Resources, work: Work) -> StepExecutionResult:
     return done
 
 
+def _model(resources: Resources, work: Work) -> Any:
+    model, journal = _StepModel(resources, work), work.info.journal
+    return model if journal is None else JournaledLLM(model, journal, journal.of.before_model)
+
+
 class _StepModel:
     """The executor's model as ``ask`` sees it: what it takes is the same, but what is not async runs in the step's own
     thread, for whose end the step's next attempt waits."""
@@ -211,6 +221,7 @@ class _StepModel:
             return await _call(resources, work, method, **keywords)
 
         self.complete = complete
+        self.model = getattr(resources.llm, "model", "")
         self.supports_model = getattr(resources.llm, "supports_model", False)
 
 
@@ -241,12 +252,10 @@ async def tool_use(resources: Resources, work: Work) -> StepExecutionResult:
     if resources.tool_executor is None:
         return failure(f"Tool {name!r} cannot be used: no tool_executor was given", "configuration", "tool_use")
     try:
-        use = ToolUse(id=f"step_{name}", name=name, input=args)
-        answer = await _call(resources, work, resources.tool_executor, use)
+        content, is_error = await _use_tool(resources, work, name, args)
     except Exception as error:  # noqa: BLE001 - becomes the failed result, or is raised again there
         return raised(error, "tool_exception", "tool_use")
-    content = mask_value(getattr(answer, "content", answer))
-    if getattr(answer, "is_error", False) is True:
+    if is_error:
         return failure(text_of(content), "tool_error", "tool_use")
     outputs: dict[str, Any] = {"result": content}
     if isinstance(content, str) and isinstance(spread := _loaded(content), dict):
@@ -254,16 +263,72 @@ async def tool_use(resources: Resources, work: Work) -> StepExecutionResult:
     return StepExecutionResult(True, outputs=outputs, executor_type="tool_use")
 
 
+async def _use_tool(resources: Resources, work: Work, name: str, args: dict[str, Any]) -> tuple[Any, bool]:
+    """What the tool executor answers, and whether that is an error; recorded where the attempt has a journal."""
+    executor = resources.tool_executor
+    assert executor is not None
+    journal = work.info.journal
+    recorded = journal is not None and journal.records
+    keyed = recorded and tool_takes_key(resources.tools[name]) and KEY not in args
+
+    async def make(key: str) -> list[Any]:
+        use = ToolUse(id=f"step_{name}", name=name, input={**args, KEY: key} if keyed else args)
+        answer = await _call(resources, work, executor, use)
+        return [mask_value(getattr(answer, "content", answer)), getattr(answer, "is_error", False) is True]
+
+    # What a person says it answered becomes text, as a tool's own answer is: JSON in it is spread over the outputs.
+    content, is_error = await _journaled(
+        resources, work, name, args, make, lambda action, value: [text_of(value) if action == "done" else None, False]
+    )
+    return content, is_error
+
+
+async def _journaled(
+    resources: Resources,
+    work: Work,
+    name: str,
+    args: Mapping[str, Any],
+    make: Callable[[str], Awaitable[Any]],
+    settled: Callable[[str, Any], Any],
+) -> Any:
+    """What ``make(key)`` returns, as a tool call of the attempt's journal; ``args`` are what it asks.
+
+    What has no stored form is not recorded; whether the step's outputs can be, its commit will say.
+    """
+    journal = work.info.journal
+    if journal is None or not journal.records:
+        return await make(work.info.idempotency_key)
+    made: list[Any] = []
+
+    async def note(key: str) -> Any:
+        made.append(await make(key))
+        return made[0]
+
+    request = request_hash([name, {key: args[key] for key in sorted(args)}], f"the arguments of tool {name!r}")
+    tool = resources.tools.get(name)
+    policy: Policy = "ask" if tool is not None and tool.effects else "rerun"
+    try:
+        return await journal.call(f"tool:{name}", request, note, CallSpec(policy, settled=settled))
+    except UnstorableValue:
+        if not made:
+            raise
+        return made[0]
+
+
 async def _tool_function(resources: Resources, name: str, args: dict[str, Any], work: Work) -> StepExecutionResult:
     known = resources.functions[name]
     given, problem = _bind(known, name, args, work.info)
     if problem is not None:
         return failure(problem, "invalid_action", "tool_use")
+
+    async def make(key: str) -> Any:
+        return mask_value(await _call(resources, work, known, **given))
+
+    asked = {key: value for key, value in given.items() if key != KEY}
     try:
-        value = await _call(resources, work, known, **given)
+        value = await _journaled(resources, work, name, asked, make, lambda action, value: value)
     except Exception as error:  # noqa: BLE001 - becomes the failed result, or is raised again there
         return raised(error, "tool_exception", "tool_use")
-    value = mask_value(value)
     if not (isinstance(value, dict) and "success" in value):
         return StepExecutionResult(True, outputs={"result": value}, executor_type="tool_use")
     # One that says nothing of "outputs" has them beside "success", and they are not to be lost.

@@ -30,7 +30,7 @@ async def ask(
     ``max_tokens`` None means the provider's own, see `method_of`.
     """
     method = method_of(llm, "complete")
-    keywords = _wishes(llm, method, max_tokens=max_tokens, json_schema=json_schema, model=model)
+    keywords = wishes(llm, method, max_tokens=max_tokens, json_schema=json_schema, model=model)
     response: LLMResponse = await _call(method, None, messages=messages, system=system, **keywords)
     return response
 
@@ -53,7 +53,7 @@ async def ask_with_tools(
     this is cancelled no further tool call begins.
     """
     method = method_of(llm, "complete_with_tools")
-    keywords = _wishes(
+    keywords = wishes(
         llm, method, max_iterations=max_iterations, max_tokens=max_tokens, json_schema=json_schema, model=model
     )
     executor, watch = (tool_executor, None) if is_async(method) else blocking(tool_executor)
@@ -102,6 +102,28 @@ def method_of(llm: Any, name: str = "complete") -> Callable[..., Any]:
     return method
 
 
+def turn_of(llm: Any, *, asynchronous: bool) -> Callable[..., Any] | None:
+    """What gives one `Turn` of a conversation with tools, so that the caller can drive it (`framework.llm.tool_loop`).
+
+    ``aturn`` when there is one and ``asynchronous``, else ``turn``; ``None`` for a provider without, or one that a more
+    special class, or the object, wrapped in ``complete_with_tools``: that must not be gone round.
+    """
+    ways = {"complete_with_tools", "acomplete_with_tools"}
+    if ways & set(getattr(llm, "__dict__", ())):
+        return None
+    for cls in type(llm).__mro__:
+        found = vars(cls)
+        if asynchronous and inspect.iscoroutinefunction(found.get("aturn")):
+            given: Callable[..., Any] = llm.aturn
+            return given
+        if inspect.isfunction(found.get("turn")):
+            given = llm.turn
+            return given
+        if ways & set(found):
+            return None
+    return None
+
+
 async def _call(method: Callable[..., Any], watch: Watch | None, **keywords: Any) -> Any:
     if is_async(method):
         return await method(**keywords)
@@ -128,9 +150,9 @@ def _async_twin(llm: Any, name: str) -> Callable[..., Any] | None:
     return None
 
 
-def _wishes(llm: Any, method: Callable[..., Any], **wishes: Any) -> dict[str, Any]:
+def wishes(llm: Any, method: Callable[..., Any], **wanted: Any) -> dict[str, Any]:
     """The wishes that are set and that ``llm`` takes."""
-    found = {name: value for name, value in wishes.items() if value is not None}
+    found = {name: value for name, value in wanted.items() if value is not None}
     # `is True`, because any attribute of a mock is truthy.
     if "json_schema" in found and getattr(llm, "supports_json_schema", False) is not True:
         del found["json_schema"]

@@ -95,6 +95,18 @@ class LiteLLMProvider(LLMProvider):
             self.patience,
         )
 
+    def turn(
+        self,
+        messages: Sequence[Message],
+        system: str | None,
+        tools: Sequence[Tool],
+        max_tokens: int | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        model: str | None = None,
+    ) -> Turn:
+        """One reply of `complete_with_tools`, with the tool calls it makes. Raises `LLMError`."""
+        return self._turn(list(messages), system, tools, max_tokens or 4096, json_schema, model)
+
     def _tool_to_openai_format(self, tool: Tool) -> dict[str, Any]:
         return tool_to_openai_format(tool)
 

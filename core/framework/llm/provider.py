@@ -83,6 +83,11 @@ class LLMProvider(ABC):
     A class that sets ``supports_json_schema`` takes the keyword ``json_schema`` (a JSON schema of the type ``object``
     that the reply has to follow, or None) in all four methods, and one that sets ``supports_model`` the keyword
     ``model`` (a model other than the provider's own, or None).
+
+    A class may also offer one turn of a conversation at a time: a method ``turn(messages, system, tools,
+    max_tokens=None, json_schema=None, model=None)`` that returns a `framework.llm.tool_loop.Turn`, an async ``aturn``,
+    or both. Then the loop of `complete_with_tools` can be driven from outside, and in a durable run each turn is
+    recorded by itself.
     """
 
     supports_json_schema: ClassVar[bool] = False

@@ -108,11 +108,16 @@ class ScriptedLLM(LLMProvider):
         Raises what `complete` and ``tool_executor`` raise.
         """
 
-        def ask(talked: list[Message]) -> Turn:
-            response, uses = self._turn(talked, system, list(tools))
-            return Turn(response, uses)
+        return talk(
+            Conversation(messages, self.model, max_iterations, tools),
+            lambda talked: self.turn(talked, system, tools),
+            tool_executor,
+        )
 
-        return talk(Conversation(messages, self.model, max_iterations, tools), ask, tool_executor)
+    def turn(self, messages: Sequence[Message], system: str | None, tools: Sequence[Tool]) -> Turn:
+        """One reply of `complete_with_tools`, with the tool calls it makes."""
+        response, uses = self._turn(list(messages), system, list(tools))
+        return Turn(response, uses)
 
     def _turn(
         self, messages: list[Message], system: str | None, tools: list[Tool]

@@ -184,6 +184,30 @@ class SDKProvider(LLMProvider):
             self.patience,
         )
 
+    def turn(
+        self,
+        messages: Sequence[Message],
+        system: str | None,
+        tools: Sequence[Tool],
+        max_tokens: int | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        model: str | None = None,
+    ) -> Turn:
+        """One reply of `complete_with_tools`, with the tool calls it makes. Raises `LLMError`."""
+        return self._turn(list(messages), system, tools, max_tokens, json_schema, model)
+
+    async def aturn(
+        self,
+        messages: Sequence[Message],
+        system: str | None,
+        tools: Sequence[Tool],
+        max_tokens: int | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        model: str | None = None,
+    ) -> Turn:
+        """`turn` without blocking the event loop."""
+        return await self._turn_async(list(messages), system, tools, max_tokens, json_schema, model)
+
     def _turn(
         self,
         messages: list[Message],

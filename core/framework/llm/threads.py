@@ -13,7 +13,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -63,11 +63,13 @@ class Watch:
             self._waits.add(future)
         try:
             return future.result()
+        except CancelledError:
+            self.check()
+            # What it was is cancelled by something else, such as the end of its own task: no error of a tool.
+            raise asyncio.CancelledError("what this thread waited for was cancelled") from None
         finally:
             with self._lock:
                 self._waits.discard(future)
-            if future.cancelled():
-                self.check()
 
 
 _watch: contextvars.ContextVar[Watch | None] = contextvars.ContextVar("surefoot_watch", default=None)

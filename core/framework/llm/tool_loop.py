@@ -130,7 +130,7 @@ class Conversation:
             {
                 "type": "tool_result",
                 "tool_use_id": result.tool_use_id,
-                "content": _as_text(result.content),
+                "content": text_of_result(result.content),
                 "is_error": result.is_error,
             }
             for result in results
@@ -231,7 +231,7 @@ def paid_before(error: BaseException) -> LLMResponse | None:
     return paid if isinstance(paid, LLMResponse) else None
 
 
-def _as_text(content: Any) -> str:
+def text_of_result(content: Any) -> str:
     """A tool's answer as the model is told it; a tool may answer with other things than the text it should."""
     return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
 

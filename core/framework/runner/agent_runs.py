@@ -9,6 +9,7 @@ from typing import Any
 
 from framework.errors import CorruptData, ResumeError, RunNotFound, UnknownType
 from framework.runner.agent_file import AGENT_FILE
+from framework.runner.waking import woken_runs
 from framework.schemas.checkpoint import ExecutorType
 from framework.schemas.run import RunState
 from framework.storage import codec
@@ -87,6 +88,10 @@ class AgentRuns:
         for run in self.each([RunState.CRASHED, RunState.RUNNING]):
             if run.state is RunState.CRASHED or run.owner is None or is_alive(run.owner) is False:
                 yield run
+
+    def woken(self) -> list[RunRecord]:
+        """Paused runs that can go on by themselves, the longest paused first; see `woken_runs`."""
+        return [run for run in woken_runs(self._storage) if self._is_own(run)]
 
     def check_own(self, run: RunRecord) -> None:
         """Raise ``ResumeError`` if ``run`` belongs to another agent, saying to which.

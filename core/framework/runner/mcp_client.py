@@ -7,6 +7,7 @@ by the task that entered them. Calls come from any thread and any event loop.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import re
@@ -16,9 +17,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
+from urllib.parse import quote
 
 from framework._secrets import mask
 from framework.errors import ToolError
+from framework.graph.journal import current_idempotency_key
 from framework.llm.provider import Tool, ToolResult
 from framework.runner.loop_thread import LoopThread
 from framework.runner.mcp_config import ServerConfig
@@ -33,6 +36,10 @@ logger = logging.getLogger(__name__)
 CLOSE_SECONDS = 15.0
 """How long ``close`` waits for servers to end. The package itself asks, terminates and kills within some 6 seconds."""
 
+KEY_IN_META = "idempotency_key"
+"""Under this name the ``_meta`` of a call has its idempotency key."""
+
+_IN_A_HEADER = "".join(map(chr, range(0x21, 0x7F)))  # others, which a run's id may have, are percent-encoded
 _MAX_PAGES = 100
 _TOOL_NAME = re.compile(r"[^a-zA-Z0-9_-]")
 _MAX_NAME = 64  # what the models' providers take
@@ -70,7 +77,7 @@ class McpServers:
         async def call(arguments: dict[str, Any]) -> Any:
             if self._closed:
                 raise _closed_error(server.config)
-            return await self._loop.wait(server.call(name, arguments))
+            return await self._loop.wait(server.call(name, arguments, current_idempotency_key()))
 
         return RemoteTool(tool, call)
 
@@ -126,16 +133,19 @@ class _Server:
             self._connection = await _Connection.open(self.config)
             return self._connection
 
-    async def call(self, name: str, arguments: dict[str, Any]) -> Any:
-        """What the tool answered, as `_value` says. Raises `ToolError` naming the server and the tool."""
+    async def call(self, name: str, arguments: dict[str, Any], key: str | None = None) -> Any:
+        """What the tool answered, as `_value` says; ``key`` is the call's idempotency key, which the server is told.
+
+        Raises `ToolError` naming the server and the tool.
+        """
         task = asyncio.current_task()
         self._calls.add(task)
         try:
-            return await self._call(name, arguments)
+            return await self._call(name, arguments, key)
         finally:
             self._calls.discard(task)
 
-    async def _call(self, name: str, arguments: dict[str, Any]) -> Any:
+    async def _call(self, name: str, arguments: dict[str, Any], key: str | None) -> Any:
         from mcp import MCPError
 
         try:
@@ -145,7 +155,8 @@ class _Server:
         limit = self.config.timeout_seconds
         try:
             async with asyncio.timeout(limit) as timer:
-                return _value(await connection.client.call_tool(name, arguments))
+                meta: Any = {KEY_IN_META: key} if key is not None else None
+                return _value(await connection.client.call_tool(name, arguments, meta=meta))
         except TimeoutError as error:
             said = f"gave no answer within {limit:g} s and was told to stop" if timer.expired() else f"failed: {error}"
             raise self._failed(name, f"{said}. What it did until then is unknown") from None
@@ -287,9 +298,16 @@ class _Connection:
             return stdio_client(parameters, errlog=self._stderr.open())
         if config.transport == "sse":
             from mcp.client.sse import sse_client
+            from mcp.shared._httpx_utils import create_mcp_http_client
+
+            def client(headers: Any = None, timeout: Any = None, auth: Any = None) -> Any:
+                return _keyed(create_mcp_http_client(headers, timeout, auth))
 
             return sse_client(
-                config.url, headers=dict(config.headers), sse_read_timeout=max(300.0, config.timeout_seconds)
+                config.url,
+                headers=dict(config.headers),
+                sse_read_timeout=max(300.0, config.timeout_seconds),
+                httpx_client_factory=client,
             )
         return _http(config)
 
@@ -319,6 +337,23 @@ class _Connection:
                     tasks.cancel_scope.cancel()
 
 
+def _keyed(client: Any) -> Any:
+    """The HTTP client ``client``, which sends the idempotency key in a message's ``_meta`` as a header too."""
+
+    async def add_header(request: Any) -> None:
+        # The package sends the headers of its client with every request; whose message this is only its body tells.
+        if request.method != "POST" or KEY_IN_META.encode() not in request.content:
+            return
+        message = json.loads(request.content)
+        params = message.get("params") if isinstance(message, dict) else None
+        key = (params.get("_meta") or {}).get(KEY_IN_META) if isinstance(params, dict) else None
+        if isinstance(key, str):
+            request.headers["Idempotency-Key"] = quote(key, safe=_IN_A_HEADER)
+
+    client.event_hooks["request"].append(add_header)
+    return client
+
+
 @asynccontextmanager
 async def _http(config: ServerConfig) -> AsyncIterator[Any]:
     import httpx2
@@ -326,7 +361,7 @@ async def _http(config: ServerConfig) -> AsyncIterator[Any]:
 
     timeout = httpx2.Timeout(30.0, read=max(300.0, config.timeout_seconds))
     async with (
-        httpx2.AsyncClient(headers=dict(config.headers), timeout=timeout) as http_client,
+        _keyed(httpx2.AsyncClient(headers=dict(config.headers), timeout=timeout)) as http_client,
         streamable_http_client(config.url, http_client=http_client) as streams,
     ):
         yield streams

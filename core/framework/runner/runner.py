@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from framework._secrets import mask_error, place_of, register_named, register_url
 from framework.errors import CorruptData, ResumeError, RunBusy, StorageError, SurefootError, UnknownType
+from framework.graph.budget import RunBudget
 from framework.graph.builtin_nodes import FunctionNode
 from framework.graph.cancelling import cancel_if_asked
 from framework.graph.checkpoint_manager import CheckpointManager
@@ -254,11 +255,13 @@ class AgentRunner:
         entry_point_id: str | None = None,
         *,
         run_id: str | None = None,
+        budget: RunBudget | None = None,
     ) -> ExecutionResult:
         """Run the agent and return what came of it; see `GraphExecutor.execute`, which this prepares.
 
         With checkpointing and a ``run_id`` the same call starts, resumes or returns. ``entry_point_id`` is the name of
-        an entry point, or the id of an asynchronous one, at which a new run begins. What the agent lacks (a function,
+        an entry point, or the id of an asynchronous one, at which a new run begins. ``budget`` limits the run's tokens
+        and cost over all its processes, and replaces the one recorded with it. What the agent lacks (a function,
         a key, an extra) is a failed result that says so, and nothing ran. Raises what ``execute`` raises, and
         ``ResumeError`` for a ``run_id`` of another agent.
         """
@@ -301,6 +304,7 @@ class AgentRunner:
             state or None,
             run_id=run_id,
             metadata=self._metadata() if self._is_durable() else None,
+            budget=budget,
         )
 
     def _endpoint(self, recorded: RunRecord | None) -> tuple[str, str | None]:
@@ -315,31 +319,40 @@ class AgentRunner:
                 return model or self.model, facts.base_url
         return self.model, self.base_url
 
-    async def resume(self, run_id: str = LATEST, input_data: Mapping[str, Any] | None = None) -> ExecutionResult:
+    async def resume(
+        self,
+        run_id: str = LATEST,
+        input_data: Mapping[str, Any] | None = None,
+        *,
+        budget: RunBudget | None = None,
+    ) -> ExecutionResult:
         """Go on with a run after its last checkpoint: the one named, or this agent's newest unfinished one.
 
         A completed run's stored result is returned and nothing runs. ``input_data`` is written over the state, such as
-        the answer a paused run waits for. Raises ``RunNotFound``, ``ResumeError`` without checkpointing and for a run
-        of another agent, and what ``execute`` raises: ``RunBusy``, ``DefinitionChanged`` with what changed.
+        the answer a paused run waits for; ``budget`` replaces the run's. Raises ``RunNotFound``, ``ResumeError``
+        without checkpointing and for a run of another agent, and what ``execute`` raises: ``RunBusy``,
+        ``DefinitionChanged`` with what changed.
         """
         found = await asyncio.to_thread(self._own_runs(run_id).find, run_id)
-        return await self.run(input_data, run_id=found.run_id)
+        return await self.run(input_data, run_id=found.run_id, budget=budget)
 
     async def recover(self, limit: int | None = None) -> list[ExecutionResult]:
-        """Resume this agent's runs whose process is gone, oldest first and at most ``limit``, one after the other.
+        """Resume this agent's runs whose process is gone, oldest first, and then its paused ones that can go on by
+        themselves; at most ``limit``, one after the other.
 
-        A run that another process takes first is left to it. One that was asked to stop before its process ended is
-        cancelled instead: a failed result with the error "cancelled on request". One that cannot be resumed, or has
-        crashed its process `MAX_RECOVERY_ATTEMPTS` times in a row, is a failed result that says why; ``resume`` still
-        takes it up.
+        A paused run can when its sleep is over, or when it was sent what a node of it waits for. A run that another
+        process takes first is left to it. One that was asked to stop before its process ended is cancelled instead: a
+        failed result with the error "cancelled on request". One that cannot be resumed, or has crashed its process
+        `MAX_RECOVERY_ATTEMPTS` times in a row, is a failed result that says why; ``resume`` still takes it up.
         """
         own, storage = self._own_runs("all"), self._store("all")
         lease = self.checkpoint_manager.config.lease_seconds if self.checkpoint_manager is not None else 0.0
-        crashed = await asyncio.to_thread(lambda: list(own.crashed())[::-1])
+        found = await asyncio.to_thread(lambda: [*list(own.crashed())[::-1], *own.woken()])
         results = []
-        for run in crashed[:limit]:
+        for run in found[:limit]:
+            crashed = run.state is not RunState.PAUSED
             try:
-                if await asyncio.to_thread(cancel_if_asked, storage, run, lease):
+                if crashed and await asyncio.to_thread(cancel_if_asked, storage, run, lease):
                     results.append(ExecutionResult(False, error=CANCELLED_ON_REQUEST, run_id=run.run_id))
                     continue
             except RunBusy:
@@ -347,7 +360,7 @@ class AgentRunner:
             except SurefootError as error:
                 results.append(ExecutionResult(False, error=mask_error(error), run_id=run.run_id))
                 continue
-            if run.recovery_attempts >= MAX_RECOVERY_ATTEMPTS:
+            if crashed and run.recovery_attempts >= MAX_RECOVERY_ATTEMPTS:
                 problem = (
                     f"Run {run.run_id!r} has ended its process {run.recovery_attempts + 1} times in a row and is not "
                     "recovered again; find out why, then resume it by its id."

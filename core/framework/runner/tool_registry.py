@@ -13,6 +13,8 @@ from typing import Any, TypeVar, overload
 
 from framework._secrets import SecretFilter, mask, mask_value, masked_traceback, register_environment, register_secret
 from framework.errors import ToolError
+from framework.graph.calls import KEY, tool_takes_key
+from framework.graph.journal import current_idempotency_key
 from framework.graph.node_base import is_infrastructure_error
 from framework.llm.provider import AsyncToolExecutor, Tool, ToolResult, ToolUse
 from framework.llm.threads import in_thread
@@ -275,6 +277,9 @@ class ToolRegistry:
         if registered.session_parameters and self._session:
             properties = registered.tool.parameters.get("properties") or {}
             arguments.update({key: value for key, value in self._session.items() if key in properties})
+        key = current_idempotency_key()
+        if key is not None and KEY not in arguments and tool_takes_key(registered.tool):
+            arguments[KEY] = key  # a model's calls have it already; here it is the program's own
         if not isinstance(registered.executor, _FunctionExecutor):
             check_arguments(registered.tool.parameters, arguments)
         return arguments

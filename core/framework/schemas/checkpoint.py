@@ -61,6 +61,19 @@ class CheckpointConfig(BaseModel):
     lease_seconds: float = Field(
         default=30.0, gt=0, description="How long a silent owner keeps a run; renewed in the background."
     )
+    keep_journal: bool = Field(
+        default=False, description="Whether a step's journal stays after its commit, for audit; else it goes with it."
+    )
+    keep_journal_on_retry: bool = Field(
+        default=False,
+        description="Whether an attempt after one that failed by itself is answered from the journal too. By default "
+        "only a crash, a cancellation or a pause keeps it.",
+    )
+    sleep_in_process_seconds: float = Field(
+        default=5.0,
+        ge=0,
+        description="The longest sleep inside a node for which the process stays; for a longer one the run pauses.",
+    )
 
 
 class StepRecord(BaseModel):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from framework.errors import CommitConflict, InvalidId, StorageError
+from framework.errors import CommitConflict, InvalidId, StorageError, ValueTooLarge
 from framework.schemas.run import RunState
 from framework.storage.chunks import Chunk
-from framework.storage.records import Commit, NewRun, RunRecord
+from framework.storage.records import Commit, JournalWrite, NewRun, RunRecord
 
 MAX_RUN_ID = 255
 MAX_KEY = 1_000
+
+MAX_VALUE_BYTES = 500_000_000
+"""Bytes of one value at most, in every store alike: half of what SQLite and PostgreSQL take in a row."""
+
+_MAX_NUMBER = 2**63 - 1
 
 
 def check_text(value: object, what: str) -> str:
@@ -52,11 +58,27 @@ def check_prefix(value: object) -> str:
     return check_id(value, "beginning of a run id") if value != "" else ""
 
 
+def check_value(value: bytes | None, what: str) -> None:
+    """Raise ``ValueTooLarge`` unless a store can hold a value of so many bytes."""
+    if value is not None and len(value) > MAX_VALUE_BYTES:
+        raise ValueTooLarge(what, len(value), MAX_VALUE_BYTES)
+
+
+def check_step(value: object) -> str:
+    """``value`` if it can name a step in the journal: any text that is not empty (a branch's may hold NUL)."""
+    text = check_text(value, "step")
+    if not text:
+        raise InvalidId("A step must not be empty.")
+    return text
+
+
 def check_chunks(chunks: Sequence[Chunk]) -> None:
     """Raise unless each chunk writes a key of its own. Keys may hold NUL (a branch's own state does)."""
     for chunk in chunks:
         if not check_text(chunk.key, "key of the state"):
             raise InvalidId("A key of the state must not be empty.")
+        if len(chunk.data) > MAX_VALUE_BYTES:
+            check_value(chunk.data, f"The value of key {chunk.key!r}")
     if len({chunk.key for chunk in chunks}) < len(chunks):
         raise StorageError("One commit writes a key of the state twice; give one chunk for each key.")
 
@@ -71,6 +93,8 @@ def check_new_run(new: NewRun, owner: str | None) -> None:
         check_id(new.parent_run_id, "parent run id")
     if owner is not None:
         check_id(owner, "owner", MAX_KEY)
+    check_value(new.definition, "The definition")
+    check_value(new.header, "The header")
     check_chunks(new.chunks)
 
 
@@ -92,6 +116,28 @@ def refusal(commit: Commit) -> StorageError | None:
             raise StorageError("A commit gives a checkpoint and its id, or neither.")
         if commit.state is RunState.CRASHED:
             raise StorageError("The state crashed is never stored: it is what a running run without an owner shows.")
+        if commit.wake_at is not None and (commit.state is not RunState.PAUSED or not math.isfinite(commit.wake_at)):
+            raise StorageError("A commit gives a time to wake at only with the state paused, in seconds (finite).")
+        for step in commit.journal_done:
+            check_step(step)
+        check_value(commit.record, "The record of the commit")
+        check_value(commit.log, "The log of the commit")
+        check_value(commit.checkpoint, "The checkpoint")
+    except StorageError as error:
+        return error
+    return None
+
+
+def journal_refusal(write: JournalWrite) -> StorageError | None:
+    """Why no store could take these journal rows, or ``None``."""
+    try:
+        check_id(write.run_id)
+        for row in write.rows:
+            check_step(row.step)
+            if type(row.number) is not int or not 0 <= row.number <= _MAX_NUMBER:
+                raise InvalidId(f"A call in the journal has a number from 0 to 2**63 - 1, not {row.number!r:.80}.")
+            if len(row.record) > MAX_VALUE_BYTES:
+                check_value(row.record, f"The journal row {row.step!r}/{row.number}")
     except StorageError as error:
         return error
     return None

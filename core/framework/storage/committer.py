@@ -1,10 +1,10 @@
 """One thread per store that makes commits durable, several at a time, and keeps its runs' leases alive.
 
 Executors are asynchronous and storage is not; whatever touches the store goes through here, in the order it came.
-Commits that wait together share one call of ``Storage.commit``, so concurrent runs share a transaction and an fsync,
-while a lone run never waits for company. The thread also renews leases, so a node that blocks the event loop does
-not lose its run. And while it holds leases it looks, about once a second, whether a message was left for one of their
-runs: one query for all of them, and none for each commit.
+Commits and journal writes that wait together share one call of ``Storage.commit``, so concurrent runs, and concurrent
+calls inside a step, share a transaction and an fsync, while a lone one never waits for company. The thread also renews
+leases, so a node that blocks the event loop does not lose its run. And while it holds leases it looks, about once a
+second, whether a message was left for one of their runs: one query for all of them, and none for each commit.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any, TypeVar
 
 from framework.errors import LeaseLost, RunNotFound, StorageError
 from framework.storage.interface import Storage
-from framework.storage.records import Commit, Message
+from framework.storage.records import Commit, JournalWrite, Message, Write
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 64
-"""Commits in one transaction at most: bounds what a crash can take with it and how long readers wait."""
+"""Writes in one transaction at most: bounds what a crash can take with it and how long readers wait."""
 
 IDLE_SECONDS = 30.0
 """The thread ends after this long without work; the next call starts another."""
@@ -63,7 +63,7 @@ class Committer:
 
     def reset(self) -> None:
         """Forget the queue, the leases and the thread; for a forked child, where the thread does not exist."""
-        self._queue: deque[tuple[Future[Any], Commit | Callable[[Storage], Any]]] = deque()
+        self._queue: deque[tuple[Future[Any], Write | Callable[[Storage], Any]]] = deque()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._leases: dict[str, _Held] = {}
@@ -72,6 +72,10 @@ class Committer:
     def commit(self, commit: Commit) -> Future[None]:
         """Queue a commit; the future is done when it is durable, or holds the error that refused it."""
         return self._put(commit)
+
+    def journal(self, write: JournalWrite) -> Future[None]:
+        """Queue journal rows, in order with the commits; the future as of ``commit``."""
+        return self._put(write)
 
     def call(self, function: Callable[[Storage], T]) -> Future[T]:
         """Queue any call of the store, in order with the commits."""
@@ -94,7 +98,7 @@ class Committer:
             if held is not None and held.token == token:
                 del self._leases[run_id]
 
-    def _put(self, item: Commit | Callable[[Storage], Any]) -> Future[Any]:
+    def _put(self, item: Write | Callable[[Storage], Any]) -> Future[Any]:
         future: Future[Any] = Future()
         with self._wake:
             self._queue.append((future, item))
@@ -132,24 +136,24 @@ class Committer:
         notified = self._wake.wait(timeout)
         return notified or due is not None or bool(self._queue)
 
-    def _take(self) -> list[tuple[Future[Any], Commit | Callable[[Storage], Any]]]:
-        """The next commits that may share a transaction, or one call. Two of one run may: they keep their order."""
-        work: list[tuple[Future[Any], Commit | Callable[[Storage], Any]]] = []
+    def _take(self) -> list[tuple[Future[Any], Write | Callable[[Storage], Any]]]:
+        """The next writes that may share a transaction, or one call. Two of one run may: they keep their order."""
+        work: list[tuple[Future[Any], Write | Callable[[Storage], Any]]] = []
         while self._queue and len(work) < MAX_BATCH:
-            is_commit = isinstance(self._queue[0][1], Commit)
-            if work and not is_commit:
+            is_write = isinstance(self._queue[0][1], Commit | JournalWrite)
+            if work and not is_write:
                 break
             work.append(self._queue.popleft())
-            if not is_commit:
+            if not is_write:
                 break
         return work
 
-    def _do(self, storage: Storage, work: list[tuple[Future[Any], Commit | Callable[[Storage], Any]]]) -> None:
+    def _do(self, storage: Storage, work: list[tuple[Future[Any], Write | Callable[[Storage], Any]]]) -> None:
         live = [(future, item) for future, item in work if future.set_running_or_notify_cancel()]
         if not live:
             return
         first = live[0][1]
-        if not isinstance(first, Commit):
+        if not isinstance(first, Commit | JournalWrite):
             future = live[0][0]
             try:
                 result = first(storage)
@@ -159,7 +163,9 @@ class Committer:
                 future.set_result(result)
             return
         try:
-            outcomes: list[Exception | None] = storage.commit([item for _, item in live if isinstance(item, Commit)])
+            outcomes: list[Exception | None] = storage.commit(
+                [item for _, item in live if isinstance(item, Commit | JournalWrite)]
+            )
         except Exception as error:
             outcomes = [error] * len(live)
         for (future, _), outcome in zip(live, outcomes, strict=True):

@@ -1,6 +1,6 @@
 """What the storage contract's checks are made of: the store under test, commits to give it, and what must be so.
 
-``framework.testing`` runs the checks; they are in ``contract_runs``, ``contract_commits`` and ``contract_models``.
+``framework.testing`` runs the checks; they are in the ``contract_`` modules beside this one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,18 @@ from framework.storage import checkpoints as stored
 from framework.storage import codec
 from framework.storage.chunks import Chunk, chain, diff
 from framework.storage.interface import Storage
-from framework.storage.records import NO_TOKEN, CheckpointRow, Commit, LogRow, NewRun, Retention, RunRecord
+from framework.storage.records import (
+    NO_TOKEN,
+    CheckpointRow,
+    Commit,
+    JournalRow,
+    JournalWrite,
+    LogRow,
+    NewRun,
+    Retention,
+    RunRecord,
+    Write,
+)
 
 Factory = Callable[..., Storage]
 
@@ -193,14 +204,20 @@ def commit(sequence: int, run_id: str = "run_1", token: int = NO_TOKEN, **fields
     return Commit(run_id=run_id, token=token, sequence=sequence, **{**defaults, **fields})
 
 
-def accept(store: Storage, *commits: Commit) -> None:
+def journal(*rows: tuple[str, int, bytes], run_id: str = "run_1", token: int = NO_TOKEN) -> JournalWrite:
+    """Journal rows, each given as its step, number and record."""
+    return JournalWrite(run_id, token, [JournalRow(*row) for row in rows])
+
+
+def accept(store: Storage, *commits: Write) -> None:
     """Commit, and raise ``AssertionError`` when any is refused."""
     for one, outcome in zip(commits, store.commit(commits), strict=True):
         if outcome is not None:
-            raise AssertionError(f"Commit {one.sequence} of run {one.run_id!r} was refused: {outcome!r}") from outcome
+            what = f"Commit {one.sequence}" if isinstance(one, Commit) else "A journal write"
+            raise AssertionError(f"{what} of run {one.run_id!r} was refused: {outcome!r}") from outcome
 
 
-def refuse(store: Storage, one: Commit, kind: type[Exception], what: str) -> Exception:
+def refuse(store: Storage, one: Write, kind: type[Exception], what: str) -> Exception:
     """Commit, and raise ``AssertionError`` unless it is refused as ``kind`` and leaves no trace."""
     before = snapshot(store, one.run_id)
     try:
@@ -261,7 +278,7 @@ def digest_of(chunks: Sequence[Chunk]) -> str:
 
 def snapshot(
     store: Storage, run_id: str = "run_1"
-) -> tuple[RunRecord, list[LogRow], list[CheckpointRow], list[Chunk], list[Chunk]] | None:
+) -> tuple[RunRecord, list[LogRow], list[CheckpointRow], list[Chunk], list[Chunk], list[JournalRow]] | None:
     """Everything that the store says of a run, or ``None`` when it has none of this id."""
     try:
         record = store.find_run(run_id)
@@ -275,6 +292,7 @@ def snapshot(
         list(store.read_checkpoint_rows(run_id)),
         store.read_chunks(run_id, 0),
         store.read_chunks(run_id, record.sequence),
+        store.read_journal(run_id),
     )
 
 

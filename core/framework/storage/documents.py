@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from typing import Literal
+
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
 from framework.errors import CorruptData, UnstorableValue
-from framework.schemas.run import Run
-from framework.storage.checks import check_id, check_text
+from framework.schemas.run import Run, RunStatus
+from framework.storage.checks import check_id, check_index_key, check_text
+
+Index = Literal["all", "goals", "by_goal", "by_status", "by_node"]
+
+
+class FindsDocuments:
+    """The look-ups of ``Storage`` among ``Run`` documents, over one query of the backend."""
+
+    @abstractmethod
+    def _document_ids(self, index: Index, key: str = "") -> list[str]:
+        """Ids in an index, oldest first; of ``goals`` the goals' own."""
+
+    def list_all_runs(self) -> list[str]:
+        """See ``Storage``."""
+        return self._document_ids("all")
+
+    def list_all_goals(self) -> list[str]:
+        """See ``Storage``."""
+        return self._document_ids("goals")
+
+    def get_runs_by_goal(self, goal_id: str) -> list[str]:
+        """See ``Storage``."""
+        return self._document_ids("by_goal", check_index_key(goal_id, "goal id"))
+
+    def get_runs_by_status(self, status: str | RunStatus) -> list[str]:
+        """See ``Storage``."""
+        text = status.value if isinstance(status, RunStatus) else status
+        return self._document_ids("by_status", check_index_key(text, "status"))
+
+    def get_runs_by_node(self, node_id: str) -> list[str]:
+        """See ``Storage``."""
+        return self._document_ids("by_node", check_index_key(node_id, "node id"))
 
 
 def document_bytes(run: Run) -> bytes:

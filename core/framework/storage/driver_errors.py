@@ -20,6 +20,10 @@ _ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
         "Another process holds a long transaction on it; end that process, or raise busy_seconds",
     ),
     (
+        ("too big",),
+        "A store takes values of at most MAX_VALUE_BYTES; keep such data in a file, and its name in the store",
+    ),
+    (
         ("malformed", "not a database", "can't decode"),
         "The file is damaged or is no store; restore it from a backup, or give another path",
     ),

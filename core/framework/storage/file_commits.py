@@ -42,6 +42,8 @@ class CommitFile:
     state: RunState | None = None
     error: str | None = None
     release: bool = False
+    wake_at: float | None = None
+    journal_done: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
         """The file."""
@@ -60,6 +62,8 @@ class CommitFile:
                 "state": None if self.state is None else self.state.value,
                 "error": self.error,
                 "release": self.release,
+                "wake_at": self.wake_at,
+                "journal_done": list(self.journal_done),
             }
         )
 
@@ -93,6 +97,8 @@ def read_commit_file(path: Path) -> CommitFile:
             state=None if state is None else RunState(state),
             error=content["error"],
             release=content["release"],
+            wake_at=content.get("wake_at"),  # files of format 1 have none
+            journal_done=tuple(content.get("journal_done", ())),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptData(f"{path} is not a commit of this store: {error!r}.") from None
@@ -133,6 +139,8 @@ class Entry:
     state: RunState | None
     error: str | None
     release: bool
+    wake_at: float | None
+    journal_done: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +217,8 @@ class RunFiles:
             state=found.state,
             error=found.error,
             release=found.release,
+            wake_at=found.wake_at,
+            journal_done=found.journal_done,
         )
 
     def read(self, path: Path) -> CommitFile:

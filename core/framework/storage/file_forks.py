@@ -30,6 +30,7 @@ def copy(source: RunFiles, target: RunFiles, upto: int) -> None:
         chunks = tuple(chunk for chunk in found.chunks if sequence == 0 or sequence in needed.get(chunk.key, ()))
         # What the copied commits once did to the source's record and lease is not to be done to the new run's.
         made = replace(found, run_id=target.run_id, chunks=chunks, state=None, error=None, release=False)
+        made = replace(made, wake_at=None, journal_done=())
         copies.append(made if sequence in (0, upto) else made.without(()))
     make_directory(target.history)
     make_directory(target.checkpoints)

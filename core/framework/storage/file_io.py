@@ -30,8 +30,8 @@ if sys.platform != "win32":
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-"""Version of the layout and of each file's form; a reader refuses a newer one."""
+FORMAT = 2
+"""Version of the layout and of each file's form; a reader refuses a newer one. 2 has journals and times to wake at."""
 
 MAX_NAME_BYTES = 150
 STALE_SECONDS = 3_600.0

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from framework.errors import CorruptData
 from framework.schemas.run import RunState
+from framework.storage.checks import printable
 from framework.storage.file_commits import Entry
 from framework.storage.file_io import dump_checked, load_checked, show, unshow, write_atomic
-from framework.storage.records import RunRecord
+from framework.storage.records import Commit, NewRun, RunRecord
 
 
 def read_record(path: Path) -> RunRecord | None:
@@ -31,11 +32,52 @@ def write_record(path: Path, record: RunRecord) -> None:
     write_atomic(path, dump_checked(content))
 
 
+def new_record(new: NewRun, now: float, owner: str | None, lease_seconds: float) -> RunRecord:
+    """The record of a run that is accepted now."""
+    return RunRecord(
+        run_id=new.run_id,
+        executor_type=new.executor_type,
+        goal_id=new.goal_id,
+        fingerprint=new.fingerprint,
+        header=new.header,
+        state=RunState.RUNNING,
+        sequence=0,
+        created_at=now,
+        updated_at=now,
+        error=None,
+        owner=owner,
+        token=0 if owner is None else 1,
+        lease_until=0.0 if owner is None else now + lease_seconds,
+        recovery_attempts=0,
+        parent_run_id=new.parent_run_id,
+    )
+
+
+def forked_record(source: RunRecord, first: Commit, header: bytes, now: float) -> RunRecord:
+    """The record of a run that is made now from ``source``, after its first commit."""
+    return replace(
+        source,
+        run_id=first.run_id,
+        header=header,
+        state=first.state or source.state,
+        sequence=first.sequence,
+        created_at=now,
+        updated_at=now,
+        error=printable(first.error),
+        wake_at=first.wake_at,
+        owner=None,
+        token=0,
+        lease_until=0.0,
+        recovery_attempts=0,
+        parent_run_id=None,
+    )
+
+
 def after(record: RunRecord, entry: Entry) -> RunRecord:
     """The record once a commit has happened."""
     record = replace(record, sequence=entry.sequence)
     if entry.state is not None:
-        record = replace(record, state=entry.state, error=entry.error, updated_at=entry.at)
+        record = replace(record, state=entry.state, error=entry.error, updated_at=entry.at, wake_at=entry.wake_at)
     return replace(record, owner=None, lease_until=0.0) if entry.release else record
 
 

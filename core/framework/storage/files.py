@@ -2,8 +2,9 @@
 
 Below the folder: ``runs/``, ``summaries/``, ``indexes/`` (``Run`` documents, see ``file_documents``), and per run
 ``executions/<run>.json`` (record and lease), ``checkpoints/by_run/<run>/`` and ``history/<run>/`` (commits, see
-``file_commits``), ``messages/<run>/`` (``file_messages``), ``checkpoint_indexes/latest_<run>.txt`` (the newest
-checkpoint's id, for people; nothing relies on it), ``definitions/`` (kept, as runs share them) and ``locks/``.
+``file_commits``), ``journal/<run>/`` (``file_journal``), ``messages/<run>/`` (``file_messages``),
+``checkpoint_indexes/latest_<run>.txt`` (the newest checkpoint's id, for people; nothing relies on it),
+``definitions/`` (kept, as runs share them) and ``locks/``.
 
 A commit is one file put in its place by one rename: that is the moment it happens. What follows, such as the record's
 new state and retention, is derived from it again if a crash comes first: commits newer than the record say what it
@@ -17,9 +18,10 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from urllib.parse import quote
 
@@ -35,20 +37,23 @@ from framework.errors import (
     StorageError,
     SurefootError,
 )
-from framework.schemas.run import Run, RunState, RunStatus
-from framework.storage import file_forks, file_messages, forks
+from framework.schemas.run import Run, RunState
+from framework.storage import file_definitions, file_forks, file_journal, file_messages, forks
 from framework.storage.checks import (
     MAX_KEY,
     check_fork,
     check_id,
-    check_index_key,
     check_new_run,
     check_prefix,
+    check_step,
+    check_value,
+    journal_refusal,
     moved_on,
     printable,
     refusal,
 )
 from framework.storage.chunks import Chunk
+from framework.storage.documents import FindsDocuments, Index
 from framework.storage.driver_errors import translate
 from framework.storage.file_commits import CommitFile, Entry, RunFiles, checkpoint_row, read_row
 from framework.storage.file_documents import INDEXES, RunDocuments
@@ -59,22 +64,32 @@ from framework.storage.file_io import (
     locked,
     make_directory,
     remove_stale,
-    show,
-    unshow,
     write_atomic,
 )
-from framework.storage.file_records import after, age, holder_of, read_record, shown, write_record
+from framework.storage.file_records import (
+    after,
+    age,
+    forked_record,
+    holder_of,
+    new_record,
+    read_record,
+    shown,
+    write_record,
+)
 from framework.storage.interface import IsAlive, Storage
 from framework.storage.records import (
     CheckpointRow,
     Commit,
     Damage,
+    JournalRow,
+    JournalWrite,
     LogRow,
     Message,
     NewRun,
     Retention,
     RunRecord,
     VerifyReport,
+    Write,
 )
 from framework.storage.verify import newest_readable, verify_run
 
@@ -83,7 +98,7 @@ logger = logging.getLogger(__name__)
 _CACHED_RUNS = 256
 
 
-class FileStorage(Storage):
+class FileStorage(FindsDocuments, Storage):
     """A store in a folder, for any number of processes on one machine. The folder is made when missing.
 
     ``clock`` gives seconds since the epoch, for leases and times; the order of commits never depends on it.
@@ -182,6 +197,9 @@ class FileStorage(Storage):
     def _messages(self, run_id: str) -> Path:
         return self.base_path / "messages" / file_name(run_id)
 
+    def _journal(self, run_id: str) -> Path:
+        return self.base_path / "journal" / file_name(run_id)
+
     def _pointer(self, run_id: str) -> Path:
         return self.base_path / "checkpoint_indexes" / f"latest_{file_name(run_id)}.txt"
 
@@ -219,27 +237,9 @@ class FileStorage(Storage):
             if self._record_path(new.run_id).exists():
                 raise RunExists(new.run_id)
             now = self._clock()
-            record = RunRecord(
-                run_id=new.run_id,
-                executor_type=new.executor_type,
-                goal_id=new.goal_id,
-                fingerprint=new.fingerprint,
-                header=new.header,
-                state=RunState.RUNNING,
-                sequence=0,
-                created_at=now,
-                updated_at=now,
-                error=None,
-                owner=owner,
-                token=0 if owner is None else 1,
-                lease_until=0.0 if owner is None else now + lease_seconds,
-                recovery_attempts=0,
-                parent_run_id=new.parent_run_id,
-            )
+            record = new_record(new, now, owner, lease_seconds)
             self._clear(files)  # what a crash while deleting an earlier run of this id left
-            if self._try_definition(new.fingerprint) is None:
-                body = {"fingerprint": new.fingerprint, "definition": show(new.definition)}
-                write_atomic(self._definition_path(new.fingerprint), dump_checked(body))
+            file_definitions.keep(self._definition_path(new.fingerprint), new.fingerprint, new.definition)
             make_directory(files.history)
             initial = CommitFile(
                 run_id=new.run_id,
@@ -289,6 +289,7 @@ class FileStorage(Storage):
                 token=stored.token + 1,
                 lease_until=now + lease_seconds,
                 state=RunState.RUNNING,
+                wake_at=None,
                 recovery_attempts=stored.recovery_attempts + 1 if found.state is RunState.CRASHED else 0,
                 updated_at=now,
             )
@@ -311,15 +312,8 @@ class FileStorage(Storage):
     def list_runs(
         self, states: Sequence[RunState] | None = None, *, limit: int = 100, before: RunRecord | None = None
     ) -> list[RunRecord]:
-        found = []
-        for record in self._records():
-            try:
-                current = self.find_run(record.run_id)
-            except CorruptData as error:
-                logger.warning("Listing runs: %s", error)
-                continue
-            if current is not None and (states is None or current.state in states):
-                found.append(current)
+        current = self._current(record.run_id for record in self._records())
+        found = [record for record in current if states is None or record.state in states]
         found.sort(key=age, reverse=True)
         if before is not None:
             found = [record for record in found if age(record) < age(before)]
@@ -327,18 +321,29 @@ class FileStorage(Storage):
 
     def find_runs(self, prefix: str, limit: int = 100) -> list[RunRecord]:
         check_prefix(prefix)
-        found: list[RunRecord] = []
-        for run_id in sorted(record.run_id for record in self._records() if record.run_id.startswith(prefix)):
-            if len(found) == limit:
-                break
+        matching = sorted(record.run_id for record in self._records() if record.run_id.startswith(prefix))
+        return list(islice(self._current(matching), limit))
+
+    def list_due(self, now: float | None = None, limit: int = 100) -> list[RunRecord]:
+        latest = self._clock() if now is None else now
+        current = self._current(record.run_id for record in self._records())
+        due = [
+            (record.wake_at, record.run_id, record)
+            for record in current
+            if record.state is RunState.PAUSED and record.wake_at is not None and record.wake_at <= latest
+        ]
+        return [record for _, _, record in sorted(due, key=lambda each: each[:2])[:limit]]
+
+    def _current(self, run_ids: Iterable[str]) -> Iterator[RunRecord]:
+        """These runs as they are now, without those that are gone or damaged."""
+        for run_id in run_ids:
             try:
                 current = self.find_run(run_id)
             except CorruptData as error:
                 logger.warning("Listing runs: %s", error)
                 continue
             if current is not None:
-                found.append(current)
-        return found
+                yield current
 
     def _records(self, on_damage: Callable[[Damage], None] | None = None) -> list[RunRecord]:
         """The readable records as they are in their files, oldest first."""
@@ -376,7 +381,7 @@ class FileStorage(Storage):
 
     def _clear(self, files: RunFiles) -> None:
         self._pointer(files.run_id).unlink(missing_ok=True)
-        for folder in (files.checkpoints, files.history, self._messages(files.run_id)):
+        for folder in (files.checkpoints, files.history, self._messages(files.run_id), self._journal(files.run_id)):
             if folder.exists():
                 shutil.rmtree(folder)
         files.refresh()
@@ -397,6 +402,7 @@ class FileStorage(Storage):
 
     def send(self, run_id: str, name: str, body: bytes) -> None:
         check_id(name, "message name", MAX_KEY)
+        check_value(body, f"Message {name!r}")
         with self._run_lock(run_id, "send a message to") as files:
             if self._known(files).state is RunState.COMPLETED:
                 raise MessageRefused(run_id, name, "the run is completed.")
@@ -412,6 +418,17 @@ class FileStorage(Storage):
         with self._guard("count messages"):
             counts = {run_id: file_messages.count(self._messages(check_id(run_id))) for run_id in run_ids}
         return {run_id: count for run_id, count in counts.items() if count}
+
+    # --- journal ------------------------------------------------------------------------------------------------
+
+    def read_journal(
+        self, run_id: str, step: str | None = None, on_damage: Callable[[Damage], None] | None = None
+    ) -> list[JournalRow]:
+        wanted = None if step is None else check_step(step)
+        with self._run_lock(run_id, "read the journal of", shared=True) as files:
+            if not self._record_path(run_id).exists():
+                return []
+            return file_journal.read(self._journal(run_id), run_id, wanted, files.commits.values(), on_damage)
 
     # --- forks --------------------------------------------------------------------------------------------------
 
@@ -433,22 +450,7 @@ class FileStorage(Storage):
             self._clear(target)
             file_forks.copy(source, target, sequence)
             self._publish(target, first)
-            now = self._clock()
-            made = replace(
-                found,
-                run_id=new_id,
-                header=header,
-                state=first.state or found.state,
-                sequence=first.sequence,
-                created_at=now,
-                updated_at=now,
-                error=printable(first.error),
-                owner=None,
-                token=0,
-                lease_until=0.0,
-                recovery_attempts=0,
-                parent_run_id=None,
-            )
+            made = forked_record(found, first, header, self._clock())
             self._write_record(made)  # from here on there is such a run
             target.refresh()
             self._point(target)
@@ -458,9 +460,23 @@ class FileStorage(Storage):
 
     # --- commits ------------------------------------------------------------------------------------------------
 
-    def commit(self, commits: Sequence[Commit]) -> list[Exception | None]:
+    def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
         with self._guard("commit"):
-            return [self._commit_one(commit) for commit in commits]
+            return [
+                self._commit_one(write) if isinstance(write, Commit) else self._journal_one(write) for write in commits
+            ]
+
+    def _journal_one(self, write: JournalWrite) -> SurefootError | None:
+        refused = journal_refusal(write)
+        if refused is not None:
+            return refused
+        try:
+            with self._run_lock(write.run_id, "write the journal of") as files:
+                last = self._fence(files, write.token).sequence
+                file_journal.write(self._journal(write.run_id), write.run_id, last, write.rows)
+        except SurefootError as error:
+            return error
+        return None
 
     def _commit_one(self, commit: Commit) -> SurefootError | None:
         refused = refusal(commit)
@@ -479,14 +495,18 @@ class FileStorage(Storage):
             return error
         return None
 
+    def _fence(self, files: RunFiles, token: int) -> RunRecord:
+        """The run, if the holder of ``token`` may write to it."""
+        stored = self._known(files)
+        if token and (stored.token != token or stored.owner is None):
+            raise LeaseLost(files.run_id, token)
+        if not token:
+            self._refuse_if_held(stored)
+        return stored
+
     def _admit(self, files: RunFiles, commit: Commit) -> None:
         """Raise unless the commit's owner holds the run and its sequence is the next."""
-        stored = self._known(files)
-        if commit.token:
-            if stored.token != commit.token or stored.owner is None:
-                raise LeaseLost(commit.run_id, commit.token)
-        else:
-            self._refuse_if_held(stored)
+        stored = self._fence(files, commit.token)
         if commit.sequence != stored.sequence + 1:
             raise CommitConflict(
                 f"Commit {commit.sequence} of run {commit.run_id!r} refused: the last commit is {stored.sequence}."
@@ -507,6 +527,8 @@ class FileStorage(Storage):
             state=commit.state,
             error=printable(commit.error),
             release=commit.release,
+            wake_at=commit.wake_at,
+            journal_done=tuple(commit.journal_done),
         )
         replaced = None if commit.replaces is None else files.commits.get(commit.replaces)
         if replaced is not None and replaced.checkpoint_id is None:
@@ -526,6 +548,8 @@ class FileStorage(Storage):
     def _follow_up(self, files: RunFiles, commit: Commit, replaced: Entry | None) -> None:
         files.refresh()
         self._write_record(self._known(files))
+        if commit.journal_done:
+            file_journal.remove_done(self._journal(files.run_id), files.run_id, files.commits.values())
         if commit.checkpoint_id is not None:
             self._point(files)
         if replaced is not None:
@@ -565,21 +589,7 @@ class FileStorage(Storage):
 
     def definition(self, fingerprint: str) -> bytes | None:
         with self._guard("read a definition of"):
-            path = self._definition_path(fingerprint)
-            try:
-                content = load_checked(path)
-            except FileNotFoundError:
-                return None
-            if content.get("fingerprint") != fingerprint:
-                raise CorruptData(f"{path} holds another definition: it was renamed or copied.")
-            return unshow(content["definition"])
-
-    def _try_definition(self, fingerprint: str) -> bytes | None:
-        try:
-            return self.definition(fingerprint)
-        except CorruptData as error:
-            logger.warning("A damaged definition is written again: %s", error)
-            return None
+            return file_definitions.read(self._definition_path(fingerprint), fingerprint)
 
     def read_log(self, run_id: str, after: int = 0, on_damage: Callable[[Damage], None] | None = None) -> list[LogRow]:
         report = on_damage or _ignore
@@ -653,6 +663,7 @@ class FileStorage(Storage):
         with suppress(RunNotFound), self._run_lock(run_id, "delete the checkpoints of") as files:
             self._refuse_if_held(self._known(files))
             count = files.rewind(0, keep_damaged=False)
+            shutil.rmtree(self._journal(run_id), ignore_errors=not self._journal(run_id).exists())
             self._point(files)
             return count
         return 0
@@ -674,21 +685,10 @@ class FileStorage(Storage):
         with self._guard(f"read the document of run {run_id!r}"):
             return self._documents.load(run_id)
 
-    def list_all_runs(self) -> list[str]:
-        return self._documents.ids()
-
-    def list_all_goals(self) -> list[str]:
-        return self._documents.goals()
-
-    def get_runs_by_goal(self, goal_id: str) -> list[str]:
-        return self._documents.find("by_goal", check_index_key(goal_id, "goal id"))
-
-    def get_runs_by_status(self, status: str | RunStatus) -> list[str]:
-        text = status.value if isinstance(status, RunStatus) else status
-        return self._documents.find("by_status", check_index_key(text, "status"))
-
-    def get_runs_by_node(self, node_id: str) -> list[str]:
-        return self._documents.find("by_node", check_index_key(node_id, "node id"))
+    def _document_ids(self, index: Index, key: str = "") -> list[str]:
+        if index == "all":
+            return self._documents.ids()
+        return self._documents.goals() if index == "goals" else self._documents.find(index, key)
 
     def rebuild_indexes(self) -> None:
         """Make the indexes of the ``Run`` documents anew from the documents."""

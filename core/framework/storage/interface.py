@@ -5,8 +5,8 @@ methods, which move opaque bytes; what the bytes mean (checkpoints, values) is a
 
 Requirements every backend meets:
 
-1. ``commit`` is all or nothing for each commit, durable on return, and refuses a stale fencing token (``LeaseLost``),
-   a sequence that is not the next (``CommitConflict``) and a run it does not know (``RunNotFound``).
+1. ``commit`` is all or nothing for each commit and journal write, durable on return, and refuses a stale fencing token
+   (``LeaseLost``), a sequence that is not the next (``CommitConflict``) and a run it does not know (``RunNotFound``).
 2. ``open_run``, ``claim_run`` and ``fork_run`` are atomic: of any number of callers, in any number of processes, one
    wins.
 3. Ids and keys are any text without NUL and lone surrogates, not empty, at most 1,000 characters (run ids 255);
@@ -14,6 +14,8 @@ Requirements every backend meets:
 4. Bytes that do not match their checksum raise ``CorruptData`` when read by name, and never hide other rows.
 5. At most one message is ever left under one name of a run, whoever sends at once; it stays as long as the run.
 6. Driver errors surface as ``StorageError`` with what to do about them.
+7. One value (a record, a chunk, a message ...) has at most ``MAX_VALUE_BYTES`` bytes; a larger one raises
+   ``ValueTooLarge`` before anything is written.
 """
 
 from __future__ import annotations
@@ -28,21 +30,23 @@ from framework.errors import CorruptData
 from framework.schemas.checkpoint import Checkpoint, CheckpointMetadata
 from framework.schemas.run import Run, RunState, RunStatus, RunSummary
 from framework.storage import checkpoints as stored
-from framework.storage.checks import MAX_KEY, MAX_RUN_ID, check_id, check_index_key
+from framework.storage.checks import MAX_KEY, MAX_RUN_ID, MAX_VALUE_BYTES, check_id, check_index_key
 from framework.storage.chunks import Chunk
 from framework.storage.records import (
     CheckpointRow,
     Commit,
     Damage,
+    JournalRow,
     LogRow,
     Message,
     NewRun,
     Retention,
     RunRecord,
     VerifyReport,
+    Write,
 )
 
-__all__ = ["MAX_KEY", "MAX_RUN_ID", "IsAlive", "Storage", "check_id", "check_index_key"]
+__all__ = ["MAX_KEY", "MAX_RUN_ID", "MAX_VALUE_BYTES", "IsAlive", "Storage", "check_id", "check_index_key"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +86,8 @@ class Storage(ABC):
         returned as it is, unclaimed. The returned ``state`` and ``error`` are those found: ``crashed``, ``failed``,
         ``paused`` ... The error stays recorded until a commit with a state replaces it, so a claim whose owner ends
         before its first commit loses nothing. With ``sequence``, the last commit that the caller knows of, a run that
-        has another one is left as it is: ``CommitConflict``. Raises ``RunNotFound``, ``RunBusy``.
+        has another one is left as it is: ``CommitConflict``. ``wake_at`` is
+        cleared. Raises ``RunNotFound``, ``RunBusy``.
         """
 
     @abstractmethod
@@ -110,8 +115,15 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def list_due(self, now: float | None = None, limit: int = 100) -> list[RunRecord]:
+        """At most ``limit`` paused runs whose ``wake_at`` is ``now`` or before, the longest due first (then by id).
+
+        ``now`` is in seconds since the epoch, ``None`` for the store's clock. Cheap enough to ask every second.
+        """
+
+    @abstractmethod
     def delete_run(self, run_id: str) -> bool:
-        """Remove everything of the run: record, commits, chunks, messages, ``Run`` document. Whether there was any.
+        """Remove everything of the run: record, commits, chunks, journal, messages, ``Run`` document; whether any was.
 
         Raises ``RunBusy`` while somebody holds its lease.
         """
@@ -146,7 +158,8 @@ class Storage(ABC):
         The new run has the kind, goal and definition of the other; ``header`` as its own; the other's log and this one
         checkpoint up to ``sequence``, and its initial state and state there; and then the commit ``first``, with
         ``sequence`` plus one, no token and a state. Nobody holds it. The chunks are its own: nothing that happens to
-        the other run later changes it, and the other is not touched. Messages and ``Run`` document stay behind.
+        the other run later changes it, and the other is not touched. Messages, journal and ``Run`` document stay
+        behind.
         Whoever holds the other run may go on committing. Everything taken over is checked: raises ``CorruptData``
         rather than copy what is damaged, ``CheckpointNotFound``, ``RunNotFound``, ``RunExists``, ``InvalidId``, and
         what ``commit`` gives as the error for ``first``.
@@ -155,12 +168,20 @@ class Storage(ABC):
     # --- commits ------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def commit(self, commits: Sequence[Commit]) -> list[Exception | None]:
-        """Make commits durable, together where the backend can; per commit ``None`` or the error that refused it.
+    def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
+        """Make commits and journal writes durable, in order and, where the backend can, in one transaction with one
+        sync; for each ``None`` or the error that refused it.
 
         An error of one never touches another. What an error refused left no trace. Raises ``StorageError`` when the
         store as a whole fails (closed, disk full): then nothing of all of them was written.
         """
+
+    @abstractmethod
+    def read_journal(
+        self, run_id: str, step: str | None = None, on_damage: Callable[[Damage], None] | None = None
+    ) -> list[JournalRow]:
+        """A run's journal rows, of one ``step`` or all, by step and number; damaged ones go to ``on_damage`` and are
+        left out. Rows stay until a commit names their step in ``journal_done``, or the run's checkpoints go."""
 
     @abstractmethod
     def definition(self, fingerprint: str) -> bytes | None:
@@ -193,13 +214,13 @@ class Storage(ABC):
     def rewind(self, run_id: str, token: int, sequence: int) -> int:
         """Forget the checkpoints and chunks after ``sequence``, because they are damaged; how many checkpoints.
 
-        The log stays, and the next commit still follows the last one. Durable on return. Raises ``LeaseLost``,
-        ``RunNotFound``.
+        The log stays, and the next commit still follows the last one. So does the journal: its rows belong to steps
+        that run again. Durable on return. Raises ``LeaseLost``, ``RunNotFound``.
         """
 
     @abstractmethod
     def delete_checkpoints(self, run_id: str) -> int:
-        """Remove the run's checkpoints and state log; how many checkpoints. Its record and log stay.
+        """Remove the run's checkpoints, state log and journal; how many checkpoints. Its record and log stay.
 
         Raises ``RunBusy`` while somebody holds the lease.
         """

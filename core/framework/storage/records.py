@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from framework.schemas.run import RunState
 from framework.storage.chunks import Chunk
@@ -36,6 +37,7 @@ class RunRecord:
 
     ``state`` is ``crashed`` when the stored state is running and nobody alive holds the lease. ``error`` is that of
     the last commit with a state; a running run shows none. ``sequence`` is that of the last commit, 0 before the first.
+    ``wake_at`` is when a paused run is due, ``None`` when no time was set.
     """
 
     run_id: str
@@ -53,6 +55,7 @@ class RunRecord:
     lease_until: float
     recovery_attempts: int
     parent_run_id: str | None
+    wake_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,10 @@ class Commit:
     stay for the run's life; ``checkpoint`` (where to go on) stays while retention keeps it, and is ``None`` for a
     commit that is no checkpoint, such as a failed attempt. ``state`` replaces the run's when given, and ``error`` with
     it. ``replaces`` is the sequence of a checkpoint that this one takes the place of. Each chunk writes another key.
+
+    ``journal_done`` names the steps whose journal rows go with this commit, in its transaction. ``wake_at``, only with
+    a ``state`` of paused, is when the run is due, in seconds since the epoch by the store's clock; any claim and any
+    later ``state`` clears it.
     """
 
     run_id: str
@@ -85,6 +92,37 @@ class Commit:
     release: bool = False
     retention: Retention | None = None
     replaces: int | None = None
+    journal_done: Sequence[str] = ()
+    wake_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JournalRow:
+    """What is recorded of one call inside a step that has not committed yet.
+
+    ``step`` is any text that names the step, ``number`` (0 to 2**63 - 1) the call in it; together they are the row's
+    key within its run. ``record`` is opaque to the store.
+    """
+
+    step: str
+    number: int
+    record: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class JournalWrite:
+    """Journal rows to make durable, all or nothing. A row whose key exists is replaced; of two here the last counts.
+
+    ``token`` is the fencing token, as of a ``Commit``. The run's sequence and checkpoints are not touched.
+    """
+
+    run_id: str
+    token: int
+    rows: Sequence[JournalRow]
+
+
+Write: TypeAlias = Commit | JournalWrite
+"""What ``Storage.commit`` makes durable."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,54 +26,60 @@ from framework.errors import (
     LeaseLost,
     MessageRefused,
     RunBusy,
+    RunError,
     RunExists,
     RunNotFound,
     StorageError,
     SurefootError,
 )
-from framework.schemas.run import Run, RunState, RunStatus
-from framework.storage import forks, sqlite_forks, sqlite_messages, sqlite_retention
+from framework.schemas.run import Run, RunState
+from framework.storage import forks, sqlite_documents, sqlite_forks, sqlite_journal, sqlite_messages, sqlite_retention
 from framework.storage import sqlite_schema as schema
 from framework.storage.checks import (
     MAX_KEY,
     check_fork,
     check_id,
-    check_index_key,
     check_new_run,
     check_prefix,
+    check_step,
+    check_value,
+    journal_refusal,
     moved_on,
     printable,
     refusal,
 )
 from framework.storage.chunks import Chunk, checksum
-from framework.storage.documents import document_bytes, nodes_of, parse_document
+from framework.storage.documents import FindsDocuments, Index
 from framework.storage.driver_errors import translate
 from framework.storage.interface import IsAlive, Storage
 from framework.storage.records import (
     CheckpointRow,
     Commit,
     Damage,
+    JournalRow,
+    JournalWrite,
     LogRow,
     Message,
     NewRun,
     Retention,
     RunRecord,
     VerifyReport,
+    Write,
 )
-from framework.storage.sqlite_schema import OPS, SETS_MARK, row_crc
+from framework.storage.sqlite_schema import OPS, SETS_MARK, facts_crc, row_crc
 from framework.storage.verify import newest_readable, verify_run
 
 logger = logging.getLogger(__name__)
 
 _RUN_COLUMNS = (
     "pk, run_id, executor_type, goal_id, fingerprint, CAST(header AS BLOB) AS header, state, created_at, updated_at, "
-    "error, owner, token, lease_until, recovery_attempts, parent_run_id, header_crc"
+    "error, owner, token, lease_until, recovery_attempts, parent_run_id, wake_at, header_crc"
 )
 _STATES = frozenset(state.value for state in RunState)
 _OP_NUMBERS = frozenset(range(len(OPS)))
 
 
-class SQLiteStorage(Storage):
+class SQLiteStorage(FindsDocuments, Storage):
     """A store in one SQLite file, for any number of processes on one machine.
 
     ``path`` is created when missing, ``:memory:`` is refused (use ``MemoryStorage``). ``clock`` gives seconds since
@@ -198,7 +204,7 @@ class SQLiteStorage(Storage):
     ) -> int:
         """Write a new run's row; its key. Raises ``RunExists``."""
         held = (None, 0, 0.0) if owner is None else (owner, 1, now + lease_seconds)
-        facts = (new.run_id, new.executor_type, new.goal_id, new.fingerprint, new.header, _facts_crc(new, now))
+        facts = (new.run_id, new.executor_type, new.goal_id, new.fingerprint, new.header, facts_crc(new, now))
         try:
             cursor = db.execute(
                 "INSERT INTO runs (run_id, executor_type, goal_id, fingerprint, header, header_crc, state, "
@@ -240,7 +246,7 @@ class SQLiteStorage(Storage):
                 raise moved_on(found, sequence)
             attempts = found.recovery_attempts + 1 if found.state is RunState.CRASHED else 0
             db.execute(
-                "UPDATE runs SET owner = ?, token = token + 1, lease_until = ?, state = 'running', "
+                "UPDATE runs SET owner = ?, token = token + 1, lease_until = ?, state = 'running', wake_at = NULL, "
                 "recovery_attempts = ?, updated_at = ? WHERE pk = ?",
                 (owner, now + lease_seconds, attempts, now, row["pk"]),
             )
@@ -305,6 +311,16 @@ class SQLiteStorage(Storage):
             )
             return self._readable(rows)
 
+    def list_due(self, now: float | None = None, limit: int = 100) -> list[RunRecord]:
+        with self._guard("list the runs that are due") as db:
+            # The plus keeps SQLite from reading all paused runs: few of them have a time.
+            rows = db.execute(
+                f"SELECT {_RUN_COLUMNS} FROM runs WHERE wake_at <= ? AND +state = 'paused' "
+                "ORDER BY wake_at, run_id LIMIT ?",
+                (self._clock() if now is None else now, limit),
+            )
+            return self._readable(rows)
+
     def _readable(self, rows: Iterable[sqlite3.Row]) -> list[RunRecord]:
         found = []
         for row in list(rows):
@@ -318,12 +334,11 @@ class SQLiteStorage(Storage):
         check_id(run_id)
         with self._write(f"delete run {run_id!r}") as db:
             row = self._find_row(db, run_id)
-            removed = db.execute("DELETE FROM run_nodes WHERE run_id = ?", (run_id,)).rowcount
-            removed += db.execute("DELETE FROM documents WHERE run_id = ?", (run_id,)).rowcount
+            had_document = sqlite_documents.delete(db, run_id)
             if row is None:
-                return removed > 0
+                return had_document
             self._refuse_if_held(row)
-            for table in ("steps", "checkpoints", "chunks", "messages", "runs"):
+            for table in ("steps", "checkpoints", "chunks", "journal", "messages", "runs"):
                 column = "pk" if table == "runs" else "run_pk"
                 db.execute(f"DELETE FROM {table} WHERE {column} = ?", (row["pk"],))
             db.execute(
@@ -344,7 +359,8 @@ class SQLiteStorage(Storage):
         return row
 
     def _record(self, row: sqlite3.Row, *, gone: bool = False) -> RunRecord:
-        if row["header_crc"] != _facts_crc(row, row["created_at"]) or row["state"] not in _STATES:
+        whole = row["header_crc"] == facts_crc(row, row["created_at"]) and isinstance(row["wake_at"], float | None)
+        if not whole or row["state"] not in _STATES:
             raise CorruptData(f"The record of run {row['run_id']!r} in {self.path} does not match its checksum.")
         state = RunState(row["state"])
         held = row["owner"] is not None and row["lease_until"] > self._clock() and not gone
@@ -368,6 +384,7 @@ class SQLiteStorage(Storage):
             lease_until=row["lease_until"],
             recovery_attempts=row["recovery_attempts"],
             parent_run_id=row["parent_run_id"],
+            wake_at=row["wake_at"],
         )
 
     def _refuse_if_held(self, row: sqlite3.Row) -> None:
@@ -379,6 +396,7 @@ class SQLiteStorage(Storage):
 
     def send(self, run_id: str, name: str, body: bytes) -> None:
         check_id(name, "message name", MAX_KEY)
+        check_value(body, f"Message {name!r}")
         with self._write(f"send a message to run {run_id!r}") as db:
             row = self._row(db, run_id)
             if row["state"] == RunState.COMPLETED.value:
@@ -392,6 +410,15 @@ class SQLiteStorage(Storage):
     def count_messages(self, run_ids: Sequence[str]) -> dict[str, int]:
         with self._guard("count messages") as db:
             return sqlite_messages.count(db, [check_id(run_id) for run_id in run_ids])
+
+    # --- journal ------------------------------------------------------------------------------------------------
+
+    def read_journal(
+        self, run_id: str, step: str | None = None, on_damage: Callable[[Damage], None] | None = None
+    ) -> list[JournalRow]:
+        with self._guard(f"read the journal of run {run_id!r}") as db:
+            wanted = None if step is None else check_step(step)
+            return sqlite_journal.read(db, check_id(run_id), wanted, on_damage)
 
     # --- forks --------------------------------------------------------------------------------------------------
 
@@ -411,26 +438,64 @@ class SQLiteStorage(Storage):
 
     # --- commits ------------------------------------------------------------------------------------------------
 
-    def commit(self, commits: Sequence[Commit]) -> list[Exception | None]:
+    def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
         outcomes: list[Exception | None] = []
         with self._write("commit") as db:
             alone = len(commits) == 1
-            for commit in commits:
+            for write in commits:
                 if alone:
-                    outcomes.append(self._commit_one(db, commit))
+                    outcomes.append(self._write_one(db, write))
                     continue
-                db.execute("SAVEPOINT one")
+                # What is a single statement needs no savepoint: it leaves nothing behind when it fails.
+                undo = isinstance(write, Commit) or len(write.rows) > 1
+                if undo:
+                    db.execute("SAVEPOINT one")
                 try:
-                    outcome = self._commit_one(db, commit)
+                    outcome = self._write_one(db, write)
                 except (sqlite3.Error, OSError) as error:
                     if not db.in_transaction:
                         raise  # the whole transaction is gone, as when the disk is full
-                    outcome = translate(error, self.path, f"commit run {commit.run_id!r}")
-                if outcome is not None:
-                    db.execute("ROLLBACK TO one")
-                db.execute("RELEASE one")
+                    outcome = translate(error, self.path, f"commit run {write.run_id!r}")
+                if undo:
+                    if outcome is not None:
+                        db.execute("ROLLBACK TO one")
+                    db.execute("RELEASE one")
                 outcomes.append(outcome)
         return outcomes
+
+    def _write_one(self, db: sqlite3.Connection, write: Write) -> SurefootError | None:
+        """Write one commit, or one call's journal rows, or say why not."""
+        return self._commit_one(db, write) if isinstance(write, Commit) else self._journal_one(db, write)
+
+    def _journal_one(self, db: sqlite3.Connection, write: JournalWrite) -> SurefootError | None:
+        refused = journal_refusal(write)
+        if refused is not None:
+            return refused
+        alone = write.token and len(write.rows) == 1
+        if alone and sqlite_journal.put_fenced(db, write.run_id, write.token, write.rows[0]):
+            _faults.reach("commit.inside")
+            return None
+        row = db.execute(
+            "SELECT pk, run_id, token, owner, lease_until FROM runs WHERE run_id = ?", (write.run_id,)
+        ).fetchone()
+        if row is None:
+            return RunNotFound(write.run_id)
+        fenced = self._fenced(row, write.token)
+        if fenced is None:
+            sqlite_journal.put(db, row["pk"], write.rows)
+            _faults.reach("commit.inside")
+        return fenced
+
+    def _fenced(self, row: sqlite3.Row, token: int) -> RunError | None:
+        """Why the holder of ``token`` may not write to the run, or ``None``."""
+        if token:
+            stale = row["token"] != token or row["owner"] is None
+            return LeaseLost(row["run_id"], token) if stale else None
+        try:
+            self._refuse_if_held(row)
+        except RunBusy as error:
+            return error
+        return None
 
     def _commit_one(self, db: sqlite3.Connection, commit: Commit) -> SurefootError | None:
         """Write one commit, or say why not; nothing is written before all checks have passed."""
@@ -438,18 +503,15 @@ class SQLiteStorage(Storage):
         if refused is not None:
             return refused
         row = db.execute(
-            "SELECT pk, token, owner, lease_until, (SELECT max(sequence) FROM steps WHERE run_pk = pk) AS last "
+            "SELECT pk, run_id, token, owner, lease_until, (SELECT max(sequence) FROM steps WHERE run_pk = pk) AS last "
             "FROM runs WHERE run_id = ?",
             (commit.run_id,),
         ).fetchone()
         if row is None:
             return RunNotFound(commit.run_id)
-        now = self._clock()
-        if commit.token:
-            if row["token"] != commit.token or row["owner"] is None:
-                return LeaseLost(commit.run_id, commit.token)
-        elif row["owner"] is not None and row["lease_until"] > now:
-            return RunBusy(commit.run_id, row["owner"], row["lease_until"] - now)
+        fenced = self._fenced(row, commit.token)
+        if fenced is not None:
+            return fenced
         last = row["last"] or 0
         if commit.sequence != last + 1:
             return CommitConflict(
@@ -475,13 +537,15 @@ class SQLiteStorage(Storage):
                 (pk, commit.sequence, commit.checkpoint_id, commit.checkpoint, crc),
             )
         self._insert_chunks(db, pk, commit.sequence, commit.chunks)
+        if commit.journal_done:
+            sqlite_journal.forget(db, pk, commit.journal_done)
         _faults.reach("commit.inside")
         if commit.replaces is not None:
             sqlite_retention.replace(db, pk, commit.replaces)
         if commit.state is not None:
             db.execute(
-                "UPDATE runs SET state = ?, error = ?, updated_at = ? WHERE pk = ?",
-                (commit.state.value, printable(commit.error), now, pk),
+                "UPDATE runs SET state = ?, error = ?, updated_at = ?, wake_at = ? WHERE pk = ?",
+                (commit.state.value, printable(commit.error), self._clock(), commit.wake_at, pk),
             )
         if commit.release:
             db.execute("UPDATE runs SET owner = NULL, lease_until = 0 WHERE pk = ?", (pk,))
@@ -592,6 +656,7 @@ class SQLiteStorage(Storage):
             self._refuse_if_held(row)
             count = db.execute("DELETE FROM checkpoints WHERE run_pk = ?", (row["pk"],)).rowcount
             db.execute("DELETE FROM chunks WHERE run_pk = ? AND sequence > 0", (row["pk"],))
+            db.execute("DELETE FROM journal WHERE run_pk = ?", (row["pk"],))
             return count
 
     def verify(self, run_id: str | None = None) -> VerifyReport:
@@ -608,58 +673,13 @@ class SQLiteStorage(Storage):
     # --- run documents ------------------------------------------------------------------------------------------
 
     def save_run(self, run: Run) -> None:
-        body = document_bytes(run)
         with self._write(f"save the document of run {run.id!r}") as db:
-            db.execute(
-                "INSERT INTO documents (run_id, goal_id, status, body, crc) VALUES (?, ?, ?, ?, ?) "
-                "ON CONFLICT (run_id) DO UPDATE SET goal_id = excluded.goal_id, status = excluded.status, "
-                "body = excluded.body, crc = excluded.crc",
-                (run.id, run.goal_id, run.status.value, body, row_crc(run.id, body)),
-            )
-            db.execute("DELETE FROM run_nodes WHERE run_id = ?", (run.id,))
-            entries = [(node_id, run.id) for node_id in nodes_of(run)]
-            db.executemany("INSERT INTO run_nodes (node_id, run_id) VALUES (?, ?)", entries)
+            sqlite_documents.save(db, run)
 
     def load_run(self, run_id: str) -> Run | None:
         with self._guard(f"read the document of run {run_id!r}") as db:
-            row = db.execute(
-                "SELECT CAST(body AS BLOB) AS body, crc FROM documents WHERE run_id = ?", (check_id(run_id),)
-            ).fetchone()
-        if row is None:
-            return None
-        if row_crc(run_id, row["body"]) != row["crc"]:
-            raise CorruptData(f"The document of run {run_id!r} in {self.path} does not match its checksum.")
-        return parse_document(row["body"], run_id, str(self.path))
+            return sqlite_documents.load(db, check_id(run_id), str(self.path))
 
-    def list_all_runs(self) -> list[str]:
-        return self._ids("SELECT run_id FROM documents ORDER BY pk")
-
-    def list_all_goals(self) -> list[str]:
-        return self._ids("SELECT DISTINCT goal_id FROM documents ORDER BY goal_id")
-
-    def get_runs_by_goal(self, goal_id: str) -> list[str]:
-        key = check_index_key(goal_id, "goal id")
-        return self._ids("SELECT run_id FROM documents WHERE goal_id = ? ORDER BY pk", key)
-
-    def get_runs_by_status(self, status: str | RunStatus) -> list[str]:
-        text = status.value if isinstance(status, RunStatus) else status
-        return self._ids("SELECT run_id FROM documents WHERE status = ? ORDER BY pk", check_index_key(text, "status"))
-
-    def get_runs_by_node(self, node_id: str) -> list[str]:
-        return self._ids(
-            "SELECT run_id FROM run_nodes JOIN documents USING (run_id) WHERE node_id = ? ORDER BY documents.pk",
-            check_index_key(node_id, "node id"),
-        )
-
-    def _ids(self, query: str, *values: str) -> list[str]:
+    def _document_ids(self, index: Index, key: str = "") -> list[str]:
         with self._guard("list run documents") as db:
-            return [row[0] for row in db.execute(query, values)]
-
-
-def _facts_crc(run: NewRun | sqlite3.Row, created_at: float) -> int:
-    """A checksum of what never changes about a run."""
-    if isinstance(run, NewRun):
-        run_id, kind, goal_id, fingerprint = run.run_id, run.executor_type, run.goal_id, run.fingerprint
-        return row_crc(run_id, kind, goal_id, fingerprint, run.parent_run_id, float(created_at), run.header)
-    names = ("run_id", "executor_type", "goal_id", "fingerprint", "parent_run_id", "created_at", "header")
-    return row_crc(*(run[name] for name in names))
+            return [row[0] for row in db.execute(sqlite_documents.INDEXES[index], (key,) if key else ())]

@@ -2,7 +2,8 @@
 
 Tables, one row each for: ``runs`` a run and its lease; ``definitions`` a graph or plan by content hash; ``steps`` a
 commit, kept for the run's life; ``checkpoints`` a retained checkpoint; ``chunks`` a write to a key of a state;
-``documents`` and ``run_nodes`` the runtime's ``Run`` document and its index; ``messages`` what was left for a run.
+``documents`` and ``run_nodes`` the runtime's ``Run`` document and its index; ``messages`` what was left for a run;
+``journal`` a call of a step that has not committed yet.
 
 Chunks have a rowid, so they are written to the end of their table and fill its pages; only the small index entry goes
 between others. Pages of 16 KiB hold chunks of about 1 KB with 7 % waste (4 KiB: 33 %).
@@ -16,8 +17,9 @@ from zlib import crc32
 
 from framework.errors import StorageError, StoreTooNew
 from framework.storage.chunks import Op
+from framework.storage.records import NewRun
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PAGE_BYTES = 16_384
 OPS: tuple[Op, ...] = ("append", "set", "delete")
 """Operations by their number in ``chunks.op``."""
@@ -119,7 +121,21 @@ CREATE TABLE messages (
 CREATE UNIQUE INDEX messages_by_name ON messages (run_pk, name);
 """
 
-MIGRATIONS: tuple[str, ...] = (_VERSION_1, _VERSION_2)
+_VERSION_3 = """
+CREATE TABLE journal (
+    run_pk INTEGER NOT NULL,
+    step TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    record BLOB NOT NULL,
+    crc INTEGER NOT NULL,
+    PRIMARY KEY (run_pk, step, number)
+) WITHOUT ROWID;
+
+ALTER TABLE runs ADD COLUMN wake_at REAL;
+CREATE INDEX runs_by_waking ON runs (wake_at, run_id) WHERE wake_at IS NOT NULL;
+"""
+
+MIGRATIONS: tuple[str, ...] = (_VERSION_1, _VERSION_2, _VERSION_3)
 """The script that leads from each version to the next; version 0 is an empty file."""
 
 READ_CHUNKS = """
@@ -211,3 +227,12 @@ def migrate(connection: sqlite3.Connection, name: str, migrations: tuple[str, ..
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def facts_crc(run: NewRun | sqlite3.Row, created_at: float) -> int:
+    """A checksum of what never changes about a run."""
+    if isinstance(run, NewRun):
+        run_id, kind, goal_id, fingerprint = run.run_id, run.executor_type, run.goal_id, run.fingerprint
+        return row_crc(run_id, kind, goal_id, fingerprint, run.parent_run_id, float(created_at), run.header)
+    names = ("run_id", "executor_type", "goal_id", "fingerprint", "parent_run_id", "created_at", "header")
+    return row_crc(*(run[name] for name in names))

@@ -19,7 +19,7 @@ Report = Callable[[Damage], None]
 def verify_run(
     storage: Storage, run_ids: Sequence[str], found: Sequence[Damage] = (), documents: Sequence[str] = ()
 ) -> VerifyReport:
-    """Read every record, log row, checkpoint, chunk and message of ``run_ids``, and ``documents``.
+    """Read every record, log row, checkpoint, chunk, journal row and message of ``run_ids``, and ``documents``.
 
     ``found`` is damage already known. A type that is not registered here is no damage: the bytes are whole, only this
     program cannot rebuild them.
@@ -40,6 +40,8 @@ def verify_run(
                 chunks += _verify_checkpoint(storage, run_id, row, damage.append)
         with _reporting(damage.append, run_id, None, f"messages of run {run_id}"):
             storage.read_messages(run_id, damage.append)
+        with _reporting(damage.append, run_id, None, f"journal of run {run_id}"):
+            storage.read_journal(run_id, on_damage=damage.append)
         with _reporting(damage.append, run_id, 0, "initial state"):
             chunks += len(storage.read_chunks(run_id, 0))
     for run_id in dict.fromkeys([*run_ids, *documents]):

@@ -159,7 +159,7 @@ def test_recover_resumes_every_crashed_run_and_only_those(site: Site, started: S
     rows = sorted(line.split()[1:3] for line in done.out.splitlines()[1:])
     assert rows == [["completed", "house-1"], ["completed", "house-2"]]
     assert site.ledger().count("build") == 4
-    assert site.call("recover").out == "No run has crashed.\n"
+    assert site.call("recover").out == "No run has crashed, and none is due.\n"
 
 
 def test_recover_says_what_it_could_not_recover_and_goes_on_with_the_rest(site: Site, started: Start) -> None:
@@ -195,7 +195,7 @@ def test_recover_cancels_a_run_that_was_asked_to_stop_and_did_not_live_to_do_it(
     assert site.ledger() == ["survey", "build"], "nothing ran again"
     [run] = site.call("runs", "list", "-o", "json").document["runs"]
     assert run["state"] == "cancelled"
-    assert site.call("recover").out == "No run has crashed.\n"
+    assert site.call("recover").out == "No run has crashed, and none is due.\n"
     assert site.call("resume", "house-1", "-q").document["success"] is True
 
 

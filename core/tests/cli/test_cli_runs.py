@@ -126,7 +126,7 @@ def test_show_says_what_a_resume_would_do(filled: Command) -> None:
         "What a resume would do",
         "kept        draft#1, ask#1",
         "runs again  send#1: failed (2 attempts); runs again, from its start",
-        "effects are unknown",
+        "no call of it is recorded",
         f"surefoot resume {FAILED}",
     ):
         assert words in done.out

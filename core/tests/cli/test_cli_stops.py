@@ -157,7 +157,7 @@ def test_a_run_that_could_not_be_taken_up_is_tried_again_and_told_of_once(
     monkeypatch.setattr(recovering, "load_agent", load)
 
     async def look(recovery: _Recovery, told: list[Recovered]) -> None:
-        await recovery.resume(recovery.crashed(), told.append)
+        await recovery.resume(recovery.to_resume(), told.append)
 
     with open_storage(site.url) as storage:
         recovery, told = _Recovery(Settings(), storage, None, 1, interval=0.0), list[Recovered]()
@@ -181,16 +181,16 @@ def test_a_run_that_could_not_be_taken_up_is_left_alone_for_a_while(
     with open_storage(site.url) as storage:
         recovery = _Recovery(Settings(), storage, None, 1, interval=10.0)
         for wait in (10.0, 20.0, 40.0):
-            found = recovery.crashed()
+            found = recovery.to_resume()
             assert [run.run_id for run in found] == ["house-1"]
             asyncio.run(_look(recovery, storage))
             now[0] += wait - 0.1
-            assert recovery.crashed() == []
+            assert recovery.to_resume() == []
             now[0] += 0.2
 
 
 async def _look(recovery: _Recovery, storage: Storage) -> None:
-    await recovery.resume(recovery.crashed(), lambda _: None)
+    await recovery.resume(recovery.to_resume(), lambda _: None)
 
 
 def test_runs_of_another_folder_of_the_same_name_are_left_alone(here: Here, site: Site) -> None:

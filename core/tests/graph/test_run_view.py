@@ -100,7 +100,7 @@ async def test_a_failed_run_names_its_attempts_and_keeps_what_is_done(storage: S
     assert [each.number for each in send.failed_attempts] == [1, 2]
     assert (view.resume.verdict, view.resume.kept) == ("goes_on", ("draft#1", "ask#1"))
     assert [(each.step, each.certain) for each in view.resume.again] == [("send#1", True)]
-    assert "effects are unknown" in view.resume.again[0].why
+    assert "no call of it is recorded" in view.resume.again[0].why
 
 
 async def test_a_failure_that_an_edge_handles_is_told_from_one_that_ends_the_run(storage: Storage) -> None:

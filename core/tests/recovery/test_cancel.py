@@ -33,7 +33,7 @@ from framework.storage.checkpoints import parse_log
 from framework.storage.contract import new_run
 from framework.storage.memory import MemoryStorage
 from framework.storage.ownership import effective_state
-from framework.storage.records import Commit, Message
+from framework.storage.records import Commit, Message, Write
 from framework.storage.sqlite import SQLiteStorage
 
 if TYPE_CHECKING:
@@ -170,8 +170,8 @@ async def test_a_request_during_the_last_commit_comes_too_late(monkeypatch: pyte
             inboxes.append(self)
 
     class Slow(MemoryStorage):
-        def commit(self, commits: Sequence[Commit]) -> list[Exception | None]:
-            if any(one.state is RunState.COMPLETED for one in commits):
+        def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
+            if any(isinstance(one, Commit) and one.state is RunState.COMPLETED for one in commits):
                 asked.set()
                 inboxes[0].deliver([Message(RUN_ID, cancel_name(1), b"null", 0.0)])
                 assert seen.wait(20)

@@ -14,7 +14,7 @@ from framework.errors import StorageError
 from framework.graph.node import NodeContext, NodeResult
 from framework.schemas.run import RunState
 from framework.storage.memory import MemoryStorage
-from framework.storage.records import Commit
+from framework.storage.records import Commit, Write
 
 if TYPE_CHECKING:
     from tests.recovery.conftest import Agent, Work
@@ -30,13 +30,13 @@ class Flaky(MemoryStorage):
         self.delay_seconds = 0.0
         self.sizes: list[int] = []
 
-    def commit(self, commits: Sequence[Commit]) -> list[Exception | None]:
+    def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
         self.calls += 1
         if self.delay_seconds:
             time.sleep(self.delay_seconds)
         outcomes: list[Exception | None] = []
         for commit in commits:
-            if commit.sequence in self.refuse:
+            if isinstance(commit, Commit) and commit.sequence in self.refuse:
                 self.refuse.remove(commit.sequence)
                 outcomes.append(StorageError("The disk is full; free some space and resume."))
             else:
@@ -47,6 +47,7 @@ class Flaky(MemoryStorage):
             + len(each.checkpoint or b"")
             + sum(len(chunk.data) for chunk in each.chunks)
             for each in commits
+            if isinstance(each, Commit)
         )
         return outcomes
 
@@ -334,7 +335,7 @@ async def test_a_commit_of_one_run_does_not_wait_in_the_loops_thread(flaky: Flak
     threads: set[int] = set()
     commit = flaky.commit
 
-    def noted(commits: Sequence[Commit]) -> list[Exception | None]:
+    def noted(commits: Sequence[Write]) -> list[Exception | None]:
         threads.add(threading.get_ident())
         return commit(commits)
 

@@ -24,7 +24,7 @@ from framework.schemas.checkpoint import CheckpointConfig
 from framework.storage.checkpoints import parse_log
 from framework.storage.contract import snapshot
 from framework.storage.memory import MemoryStorage
-from framework.storage.records import Commit
+from framework.storage.records import Write
 
 GOAL = Goal(id="goal", name="Goal", description="Get to the end.")
 MAX_VISITS = 2
@@ -110,7 +110,7 @@ class Stopping(MemoryStorage):
         self._luck = luck
         self._share = share
 
-    def commit(self, commits: Sequence[Commit]) -> list[Exception | None]:
+    def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
         outcomes: list[Exception | None] = []
         for commit in commits:
             if self._luck.random() < self._share:

@@ -17,7 +17,7 @@ from framework.graph.node import NodeContext, NodeResult
 from framework.runtime import Runtime
 from framework.schemas.run import RunState, RunStatus
 from framework.storage.memory import MemoryStorage
-from framework.storage.records import Commit
+from framework.storage.records import Write
 from framework.storage.sqlite import SQLiteStorage
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Unreliable(MemoryStorage):
         self.answers_lost = False
         self.commits = 0
 
-    def commit(self, commits: Sequence[Commit]) -> list[Exception | None]:
+    def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
         self.commits += 1
         if self.random.random() >= self.rate:
             return super().commit(commits)
@@ -322,7 +322,7 @@ class Emptied(MemoryStorage):
 
     gone = False
 
-    def commit(self, commits: Sequence[Commit]) -> list[Exception | None]:
+    def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
         return [RunNotFound(each.run_id) for each in commits] if self.gone else super().commit(commits)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import anyio
 from mcp.server import MCPServer
-from mcp.server.mcpserver import Image
+from mcp.server.mcpserver import Context, Image
 from mcp.types import CallToolResult, TextContent, ToolAnnotations
 from pydantic import BaseModel
 
@@ -79,6 +79,12 @@ def several() -> list[str]:
 def who(session_id: str, question: str = "") -> str:
     """Which session this is."""
     return f"{session_id}:{question}"
+
+
+@server.tool(structured_output=False)
+def keyed(ctx: Context) -> str:
+    """The idempotency key of this call, as its metadata and as its headers say it."""
+    return f"{(ctx.request_context.meta or {}).get('idempotency_key')} {(ctx.headers or {}).get('idempotency-key')}"
 
 
 @server.tool(structured_output=False)

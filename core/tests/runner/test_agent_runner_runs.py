@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from framework.errors import DefinitionChanged, ResumeError, RunBusy, RunNotFound, StorageError
+from framework.graph.budget import RunBudget
 from framework.graph.checkpoint_manager import CheckpointManager
+from framework.graph.node import NodeContext, NodeProtocol, NodeResult
 from framework.graph.run_messages import cancel_name
 from framework.llm.scripted import ScriptedLLM
 from framework.runner import AgentRunner
@@ -294,3 +296,53 @@ async def test_recover_resumes_crashed_runs_of_this_agent_oldest_first(tmp_path:
     assert [result.run_id for result in await one.recover()] == ["b"]
     assert await one.recover() == []
     assert calls == ["shout", "shout"]
+
+
+class Waits(NodeProtocol):
+    """Sleeps, or waits for a signal when it was told to."""
+
+    def __init__(self) -> None:
+        self.for_signal = False
+
+    async def execute(self, ctx: NodeContext) -> NodeResult:
+        if self.for_signal:
+            return NodeResult(True, {"greeting": await ctx.wait_for("go")})
+        await ctx.sleep(0.2)
+        return NodeResult(True, {"greeting": "rested"})
+
+
+async def test_recover_wakes_runs_that_are_due_or_answered_and_no_other(tmp_path: Path) -> None:
+    config = CheckpointConfig(sleep_in_process_seconds=0)
+    storage = MemoryStorage()
+    with AgentRunner.load(bare(tmp_path), storage=storage, checkpoint_config=config) as runner:
+        Counting(runner)
+        node = Waits()
+        runner.register_node("hello", node)
+        assert runner.checkpoint_manager is not None
+        assert (await runner.run({"name": "you"}, run_id="sleeper")).paused_at == "hello"
+        node.for_signal = True
+        for name in ("waiting", "answered"):
+            assert (await runner.run({"name": "you"}, run_id=name)).paused_at == "hello"
+        runner.checkpoint_manager.send("waiting", "other", 1)  # not what it waits for
+        runner.checkpoint_manager.send("answered", "go", "went")
+        [answered] = [each for each in await runner.recover() if each.run_id == "answered"]
+        assert answered.output["greeting"] == "went"
+        node.for_signal = False
+        for _ in range(200):
+            found = await runner.recover()
+            if found or storage.find_run("sleeper").state is RunState.COMPLETED:  # type: ignore[union-attr]
+                break
+            await asyncio.sleep(0.01)
+        assert [(each.run_id, each.output["greeting"]) for each in found] == [("sleeper", "rested")]
+        assert [run.run_id for run in runner.runs([RunState.PAUSED])] == ["waiting"]
+        assert await runner.recover() == []
+
+
+async def test_a_budget_is_the_runs_and_a_larger_one_lets_it_go_on(tmp_path: Path) -> None:
+    with AgentRunner.load(bare(tmp_path), storage=MemoryStorage()) as runner:
+        counting = Counting(runner)
+        over = await runner.run({"name": "you"}, run_id="r", budget=RunBudget(max_cost=0.0))
+        assert (over.success, over.error_type) == (False, "budget")
+        assert not (await runner.resume("r")).success
+        assert counting.calls == []
+        assert (await runner.resume("r", budget=RunBudget(max_cost=1.0))).success

@@ -14,12 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
 from framework import _secrets
 from framework.llm.provider import Tool, ToolResult, ToolUse
 from framework.runner.tool_registry import ToolRegistry
+from tests.runner.keys_kit import Calls, run_durably
 
 PROGRAM = Path(__file__).with_name("mcp_server_program.py")
 KEY = "sk-mcp-0987654321fedcba"
@@ -89,7 +91,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ToolRegist
     """A stdio server that several tests share, and its folder: starting one takes most of a test's time."""
     folder = tmp_path_factory.mktemp("local")
     with ToolRegistry() as made:
-        assert made.register_mcp_server(stdio_entry(folder)) == 13
+        assert made.register_mcp_server(stdio_entry(folder)) == 14
         yield made, folder
 
 
@@ -183,7 +185,7 @@ def test_the_tools_of_a_stdio_server(local: tuple[ToolRegistry, Path]) -> None:
 
 
 def test_the_tools_of_an_http_server(registry: ToolRegistry, shared_web: WebServer) -> None:
-    assert registry.register_mcp_server({**shared_web.entry(), "transport": "streamable_http"}) == 13
+    assert registry.register_mcp_server({**shared_web.entry(), "transport": "streamable_http"}) == 14
     each_kind_of_answer(registry)
 
 
@@ -191,8 +193,31 @@ def test_the_tools_of_an_http_server(registry: ToolRegistry, shared_web: WebServ
 def test_the_tools_of_a_server_of_the_older_sse_transport(
     registry: ToolRegistry, web: Callable[..., WebServer]
 ) -> None:
-    assert registry.register_mcp_server(web("sse").entry()) == 13
+    assert registry.register_mcp_server(web("sse").entry()) == 14
     each_kind_of_answer(registry)
+
+
+@pytest.mark.parametrize("mode", ["stdio", "http", pytest.param("sse", marks=pytest.mark.slow)])
+async def test_a_server_is_told_the_idempotency_key_of_each_call(
+    registry: ToolRegistry, mode: str, stdio: dict[str, Any], web: Callable[..., WebServer]
+) -> None:
+    assert await asyncio.to_thread(registry.register_mcp_server, stdio if mode == "stdio" else web(mode).entry()) == 14
+    executor = registry.get_executor()
+
+    def blocking() -> str:
+        return executor(ToolUse("1", "keyed", {})).content
+
+    async def work() -> str:
+        return (await executor.acall(ToolUse("1", "keyed", {}))).content
+
+    node = Calls({"in a thread": blocking, "in the loop": work})
+    await run_durably(node, run_id="run 1 ü")
+    assert len(set(node.values.values())) == 2
+    for name, value in node.values.items():
+        in_meta, in_headers = value.rsplit(" ", 1)
+        assert in_meta.startswith(f"run 1 ü/work#1/{name}#")
+        assert in_headers == ("None" if mode == "stdio" else quote(in_meta, safe="/#"))
+    assert blocking() == "None None", "outside of a call there is no key"
 
 
 async def test_calls_run_at_the_same_time_and_from_any_loop(local: tuple[ToolRegistry, Path]) -> None:
@@ -229,11 +254,11 @@ def test_a_call_that_takes_too_long_is_told_to_stop_and_the_server_goes_on(
     registry: ToolRegistry, stdio: dict[str, Any], shared_web: WebServer, tmp_path: Path, mode: str
 ) -> None:
     entry, folder = (stdio, tmp_path) if mode == "stdio" else (shared_web.entry(), shared_web.folder)
-    registry.register_mcp_server({**entry, "timeout_seconds": 0.5})
+    registry.register_mcp_server({**entry, "timeout_seconds": 2.0})
     before = text(registry, "pid")
     said = error(registry, "hang", name="late")
     assert "Tool 'hang' of MCP server" in said
-    assert "no answer within 0.5 s" in said
+    assert "no answer within 2 s" in said
     wait_for(folder / "late.cancelled")
     assert text(registry, "pid") == before
 
@@ -428,7 +453,7 @@ def test_headers_are_sent_and_never_shown(
     server = shared_web
     monkeypatch.setenv("WEB_TOKEN", KEY)
     with caplog.at_level(logging.DEBUG, logger="framework"):
-        assert registry.register_mcp_server(server.entry(headers={"Authorization": "Bearer ${WEB_TOKEN}"})) == 13
+        assert registry.register_mcp_server(server.entry(headers={"Authorization": "Bearer ${WEB_TOKEN}"})) == 14
         assert text(registry, "greet", name="Ada") == "Hello, Ada"
         wrong = server.entry(headers={"Authorization": "Bearer wrong-token-of-mine"})
         assert registry.register_mcp_server({**wrong, "name": "second"}) == 0
@@ -457,11 +482,11 @@ def test_a_name_that_is_taken_gets_the_servers_name_in_front(
 ) -> None:
     entry = shared_web.entry()
     registry.register("add", Tool("add", "Mine"), lambda _: "mine")
-    assert registry.register_mcp_server(entry) == 13
+    assert registry.register_mcp_server(entry) == 14
     assert text(registry, "add") == "mine"
     assert json.loads(text(registry, "web_add", a=1, b=2)) == {"result": 3}
     assert "there is a tool 'add' already; its own is called 'web_add'" in caplog.text
-    assert registry.register_mcp_server(entry) == 12  # `web_add` is taken too
+    assert registry.register_mcp_server(entry) == 13  # `web_add` is taken too
     assert "tool 'add' is left out" in caplog.text
 
 
@@ -483,7 +508,7 @@ def test_an_mcp_servers_file_connects_all_that_work_and_warns_of_the_rest(
             }
         )
     )
-    assert registry.load_mcp_config(file) == 13
+    assert registry.load_mcp_config(file) == 14
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 4
     assert "'absent' is not used" in warnings[0]

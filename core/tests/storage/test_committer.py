@@ -15,10 +15,10 @@ import pytest
 from framework.errors import CommitConflict, LeaseLost, RunNotFound, StorageError
 from framework.storage import committer as module
 from framework.storage.committer import MAX_BATCH, Committer, committer_of
-from framework.storage.contract import commit, new_run
+from framework.storage.contract import commit, journal, new_run
 from framework.storage.interface import Storage
 from framework.storage.memory import MemoryStorage
-from framework.storage.records import Commit, Message
+from framework.storage.records import Commit, Message, Write
 
 SOON = 20.0
 """Seconds to wait for what happens at once; only a broken committer makes a test take that long."""
@@ -40,10 +40,10 @@ class Watched(MemoryStorage):
         self.renewed = threading.Semaphore(0)
         self.fail: Exception | None = None
 
-    def commit(self, commits: Sequence[Commit]) -> list[Exception | None]:
+    def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
         self.entered.release()
         assert self.gate.wait(SOON)
-        self.batches.append([(one.run_id, one.sequence) for one in commits])
+        self.batches.append([(one.run_id, one.sequence if isinstance(one, Commit) else 0) for one in commits])
         if self.fail is not None:
             raise self.fail
         return super().commit(commits)
@@ -91,6 +91,37 @@ def test_commits_that_wait_share_a_transaction(store: Watched) -> None:
     store.gate.set()
     assert [done(future) for future in (first, *waiting)] == [None] * 5
     assert store.batches == [[("run_0", 1)], [("run_1", 1), ("run_2", 1), ("run_1", 2), ("run_2", 2)]]
+
+
+def test_journal_writes_share_transactions_in_order(store: Watched) -> None:
+    committer = committer_of(store)
+    first = hold_up(store, committer)
+    stale = committer.journal(journal(("s", 1, b"stale"), run_id="run_1", token=7))
+    waiting = [
+        committer.journal(journal(("s", 1, b"intent"), ("t", 1, b"stays"), run_id="run_1", token=1)),
+        committer.journal(journal(("s", 1, b"outcome"), run_id="run_1", token=1)),
+        committer.commit(commit(1, "run_1", 1, journal_done=["s"])),
+        committer.journal(journal(("s", 2, b"later"), run_id="run_1", token=1)),
+        committer.journal(journal(("s", 1, b"other"), run_id="run_2", token=1)),
+    ]
+    store.gate.set()
+    assert [done(future) for future in (first, *waiting)] == [None] * 6
+    with pytest.raises(LeaseLost):
+        done(stale)
+    assert store.batches[1:] == [[*[("run_1", 0)] * 3, ("run_1", 1), ("run_1", 0), ("run_2", 0)]]
+    left = [(row.step, row.number, row.record) for row in store.read_journal("run_1")]
+    assert left == [("s", 2, b"later"), ("t", 1, b"stays")]
+
+
+def test_a_journal_write_fails_with_the_store(store: Watched) -> None:
+    committer = committer_of(store)
+    store.fail = StorageError("disk full")
+    with pytest.raises(StorageError, match="disk full"):
+        done(committer.journal(journal(("s", 1, b""), run_id="run_1", token=1)))
+    store.fail = None
+    assert store.read_journal("run_1") == []
+    done(committer.journal(journal(("s", 1, b""), run_id="run_1", token=1)))
+    assert len(store.read_journal("run_1")) == 1
 
 
 def test_a_batch_has_a_limit(store: Watched) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from framework.errors import MessageRefused
 from framework.storage.backend import FileStorage, Storage, open_storage
 from framework.storage.chunks import Chunk
 from framework.storage.memory import MemoryStorage
-from framework.storage.records import NO_TOKEN, Commit, NewRun, Retention, RunRecord
+from framework.storage.records import NO_TOKEN, Commit, Damage, JournalRow, NewRun, Retention, RunRecord, Write
 from framework.storage.sqlite import SQLiteStorage
 from framework.testing import Check, StorageUnderTest, check_storage, storage_checks
 
@@ -29,7 +29,7 @@ def test_a_good_store_passes_as_a_whole() -> None:
 
 
 class IgnoresTokens(MemoryStorage):
-    def commit(self, commits: Sequence[Commit]) -> list[Exception | None]:
+    def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
         current = [self.find_run(one.run_id) for one in commits]
         tokens = [NO_TOKEN if run is None or run.owner is None else run.token for run in current]
         return super().commit([replace(one, token=token) for one, token in zip(commits, tokens, strict=True)])
@@ -73,9 +73,40 @@ class FindsByPattern(MemoryStorage):
         return found[:limit]
 
 
+class KeepsTheJournal(MemoryStorage):
+    def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
+        return super().commit([replace(one, journal_done=()) if isinstance(one, Commit) else one for one in commits])
+
+
+class WritesTheJournalFirst(MemoryStorage):
+    """Does not keep the order of commits and journal writes."""
+
+    def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
+        order = sorted(range(len(commits)), key=lambda index: isinstance(commits[index], Commit))
+        outcomes = dict(zip(order, super().commit([commits[index] for index in order]), strict=True))
+        return [outcomes[index] for index in range(len(commits))]
+
+
+class MixesUpSteps(MemoryStorage):
+    def read_journal(
+        self, run_id: str, step: str | None = None, on_damage: Callable[[Damage], None] | None = None
+    ) -> list[JournalRow]:
+        rows = super().read_journal(run_id, None, on_damage)
+        return [row for row in rows if step is None or row.step.startswith(step)]
+
+
+class NeverForgetsTheTime(MemoryStorage):
+    def list_due(self, now: float | None = None, limit: int = 100) -> list[RunRecord]:
+        return sorted(super().list_due(1e15, limit), key=lambda record: record.wake_at or 0)
+
+
 @pytest.mark.parametrize(
     ("broken", "noticed_by"),
     [
+        (KeepsTheJournal, "rows_go_with_the_commit_of_their_step"),
+        (WritesTheJournalFirst, "batches_mix_commits_and_journals"),
+        (MixesUpSteps, "journal_keys_are_checked"),
+        (NeverForgetsTheTime, "paused_runs_become_due"),
         (TakesAnAnswerTwice, "message_names_are_taken_once"),
         (ForksWithoutTheInput, "forks_are_whole"),
         (FindsByPattern, "runs_are_found_by_prefix"),

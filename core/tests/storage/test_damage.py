@@ -15,8 +15,8 @@ from framework.schemas.checkpoint import Checkpoint, ExecutorType
 from framework.schemas.run import Run
 from framework.storage import codec
 from framework.storage.backend import FileStorage, Storage
-from framework.storage.contract import Writer, new_run
-from framework.storage.records import LogRow, Retention, RunRecord
+from framework.storage.contract import Writer, accept, journal, new_run
+from framework.storage.records import JournalRow, LogRow, Retention, RunRecord
 from framework.storage.sqlite import SQLiteStorage
 from framework.testing import StorageUnderTest
 
@@ -42,6 +42,7 @@ def fill(store: Storage) -> None:
                 )
             )
         store.save_run(Run(id=run_id, goal_id="goal", narrative="n" * 300))
+        accept(store, *(journal((f"step {number}", 1, b"r" * 300), run_id=run_id) for number in range(3)))
     store.prune("run_2", Retention(2))
 
 
@@ -51,6 +52,7 @@ class Truth:
     def __init__(self, store: Storage) -> None:
         self.records = {record.run_id: record for record in store.list_runs()}
         self.logs = {run_id: store.read_log(run_id) for run_id in self.records}
+        self.journals = {run_id: store.read_journal(run_id) for run_id in self.records}
         self.documents = {run_id: store.load_run(run_id) for run_id in self.records}
         self.definition = store.definition("")
         self.checkpoints = {
@@ -76,6 +78,9 @@ class Truth:
             rows: list[LogRow] = attempt(store.read_log, run_id) or []
             assert [row for row in rows if row not in self.logs[run_id]] == []
             failures += len(rows) < len(self.logs[run_id])
+            calls: list[JournalRow] = attempt(store.read_journal, run_id) or []
+            assert [row for row in calls if row not in self.journals[run_id]] == []
+            failures += len(calls) < len(self.journals[run_id])
             newest = attempt(store.load_latest_checkpoint, run_id)
             assert newest is None or newest == self.checkpoints[run_id][newest.id]
             failures += newest is None or newest.id != "ckpt_5"
@@ -270,6 +275,49 @@ def test_a_type_this_program_does_not_know_is_no_damage(durable: StorageUnderTes
     assert store.verify().ok
     with pytest.raises(Exception, match="register"):
         store.load_latest_checkpoint("run_1")
+
+
+@pytest.mark.parametrize("kind", sorted(OPENERS))
+def test_a_damaged_journal_row_is_reported_and_hides_no_other(kind: str, tmp_path: Path) -> None:
+    with OPENERS[kind](tmp_path) as store:
+        store.open_run(new_run())
+        for number in (1, 2, 3):
+            accept(store, journal(("s", number, f"the record of {number}".encode())))
+        assert store.verify().ok
+        if isinstance(store, SQLiteStorage):
+            store._db.execute("UPDATE journal SET record = replace(record, 'record', 'RECORD') WHERE number = 2")
+        else:
+            path = tmp_path / "journal" / "run_1" / "2.json"
+            path.write_bytes(path.read_bytes().replace(b"record of", b"RECORD of"))
+        damage: list[str] = []
+        rows = store.read_journal("run_1", "s", lambda found: damage.append(found.where))
+        assert [row.number for row in rows] == [1, 3]
+        [found] = store.verify("run_1").damage
+        assert [found.where] == damage
+        assert "2" in found.where
+        assert "checksum" in found.problem
+        accept(store, journal(("s", 2, b"again")))
+        assert [row.record for row in store.read_journal("run_1")][1] == b"again"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE journal SET crc = 'x' WHERE number = 2",
+        "UPDATE journal SET number = 9 WHERE number = 2",
+        "UPDATE journal SET number = 'x' WHERE number = 2",
+        "UPDATE journal SET step = 's2' WHERE number = 2",
+        "UPDATE journal SET step = CAST(x'ff' AS TEXT) WHERE number = 2",
+        "UPDATE journal SET record = CAST(record AS TEXT) || ' ' WHERE number = 2",
+        "UPDATE journal SET record = 7 WHERE number = 2",
+    ],
+)
+def test_any_damage_to_a_journal_row_is_noticed(sqlite: SQLiteStorage, statement: str) -> None:
+    accept(sqlite, *(journal(("s", number, b"r")) for number in (1, 2, 3)))
+    sqlite._db.execute(f"{statement} AND step = 's'")
+    rows = [(row.step, row.number) for row in sqlite.read_journal("run_1") if row.record == b"r"]
+    assert rows == [("s", 1), ("s", 3)]
+    assert len(sqlite.verify("run_1").damage) == 1
 
 
 @pytest.mark.parametrize("kind", sorted(OPENERS))

@@ -10,7 +10,7 @@ import pytest
 
 from framework import _faults
 from framework.storage.backend import open_storage
-from framework.storage.contract import Writer, accept, commit, new_run, state_at
+from framework.storage.contract import Writer, accept, commit, journal, new_run, state_at
 from framework.storage.contract_forks import first
 from framework.storage.memory import MemoryStorage
 from framework.storage.records import Retention
@@ -133,6 +133,43 @@ def test_a_kill_inside_a_commit_leaves_the_last_one(
             print(record.sequence)
     """
     assert int(python(again, url)) in (at_least, at_least + 1)
+
+
+JOURNALED = """
+    import sys
+    from framework.storage.backend import open_storage
+    from framework.storage.contract import accept, commit, journal, new_run
+    from framework.testing import install_faults_from_environment
+
+    install_faults_from_environment()
+    with open_storage(sys.argv[1]) as store:
+        store.open_run(new_run(), "me", 60)
+        accept(store, journal(("s", 1, b"1"), ("s", 2, b"intent"), token=1))
+        accept(store, journal(("s", 2, b"outcome"), ("t", 1, b"t"), token=1))
+        accept(store, commit(1, token=1, journal_done=["s"]))
+        accept(store, journal(("s", 1, b"again"), token=1))
+"""
+
+
+@pytest.mark.parametrize("scheme", ["sqlite", "file"])
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+def test_a_kill_leaves_a_journal_as_it_was(scheme: str, nth: int, tmp_path: Path, python: Python) -> None:
+    url = f"{scheme}://{'/' if scheme == 'sqlite' else ''}{tmp_path}/store"
+    python(JOURNALED, url, env={"SUREFOOT_FAULT": f"commit.inside:{nth}"}, code=-9)
+    kept = [
+        [],
+        [("s", 1, b"1"), ("s", 2, b"intent")],
+        [("s", 1, b"1"), ("s", 2, b"outcome"), ("t", 1, b"t")],
+        [("t", 1, b"t")],
+    ]
+    with open_storage(url) as store:
+        rows = [(row.step, row.number, row.record) for row in store.read_journal("run_1")]
+        record = store.find_run("run_1")
+        assert record is not None
+        assert (rows, record.sequence) == (kept[nth - 1], 1 if nth == 4 else 0)
+        assert store.verify().ok
+        accept(store, journal(("s", 9, b"goes on"), token=1))
+        assert len(store.read_journal("run_1")) == len(rows) + 1
 
 
 def test_a_kill_at_the_first_commit_leaves_an_accepted_run(tmp_path: Path, python: Python) -> None:

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from framework.errors import CorruptData, StoreTooNew
 from framework.schemas.checkpoint import Checkpoint, ExecutorType
 from framework.schemas.run import Run, RunState, RunStatus
+from framework.storage import file_journal
 from framework.storage.chunks import Chunk
-from framework.storage.contract import ODD_IDS, Writer, accept, commit, growing_states, new_run, state_at
+from framework.storage.contract import ODD_IDS, Writer, accept, commit, growing_states, journal, new_run, state_at
 from framework.storage.file_io import dump_checked, file_name, load_checked, show, text_of, unshow, write_atomic
 from framework.storage.files import FileStorage
 from framework.storage.records import Retention
@@ -244,13 +245,60 @@ def test_a_renamed_checkpoint_is_not_taken(store: FileStorage) -> None:
 def test_a_newer_store_is_refused(store: FileStorage) -> None:
     marker = store.base_path / "store.json"
     content = load_checked(marker)
-    marker.write_bytes(dump_checked(content).replace(b'"format": 1', b'"format": 2'))
+    marker.write_bytes(dump_checked(content).replace(b'"format": 2', b'"format": 3'))
     with pytest.raises(CorruptData):
         FileStorage(store.base_path)
-    content["format"] = 2
+    content["format"] = 3
     marker.write_bytes(dump_checked(content))
-    with pytest.raises(StoreTooNew, match="format version 2"):
+    with pytest.raises(StoreTooNew, match="format version 3"):
         FileStorage(store.base_path)
+
+
+def test_files_of_the_first_format_are_read(store: FileStorage) -> None:
+    writer = Writer(store, state={"a": 1})
+    writer.write({"a": 2})
+    for path in [*store.base_path.glob("history/*/*.json"), *store.base_path.glob("executions/*.json")]:
+        _as_format_1(path)
+    for path in store.base_path.glob("checkpoints/by_run/*/*.json"):
+        _as_format_1(path)
+    with FileStorage(store.base_path) as older:
+        record = older.find_run("run_1")
+        assert record is not None
+        assert (record.wake_at, older.read_journal("run_1"), older.list_due()) == (None, [], [])
+        writer.check(older, [1], "a store of format 1")
+        accept(older, journal(("s", 1, b"1")), commit(2, journal_done=["s"]))
+        assert older.read_journal("run_1") == []
+        assert older.verify().ok
+
+
+def _as_format_1(path: Path) -> None:
+    content = load_checked(path)
+    for name in ("wake_at", "journal_done"):
+        content.pop(name, None)
+    path.write_bytes(dump_checked({**content, "format": 1}))
+
+
+def test_commits_say_what_of_the_journal_is_left(store: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a crash, or a full disk, comes between a commit and what follows from it."""
+    store.open_run(new_run(), "me", 60)
+    accept(store, journal(("s", 1, b"1"), ("t", 1, b"2"), token=1), journal(("s", 2, b"3"), token=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(file_journal, "remove_done", fail_to_remove)
+        accept(store, commit(1, token=1, journal_done=["s"]))
+    folder = store.base_path / "journal" / "run_1"
+    assert len(list(folder.iterdir())) == 2
+    assert [row.record for row in store.read_journal("run_1")] == [b"2"]
+    accept(store, journal(("s", 1, b"again"), token=1))
+    assert [row.record for row in store.read_journal("run_1")] == [b"again", b"2"]
+    accept(store, commit(2, token=1, journal_done=["unknown"]))
+    assert [row.record for row in store.read_journal("run_1")] == [b"again", b"2"]
+    assert len(list(folder.iterdir())) == 2, "what the first commit took is gone by now"
+    accept(store, commit(3, token=1, journal_done=["s", "t"]))
+    assert list(folder.iterdir()) == []
+
+
+def fail_to_remove(*_: object) -> None:
+    raise OSError("disk full")
 
 
 def test_left_over_temporary_files_are_ignored_and_cleaned_when_old(store: FileStorage) -> None:

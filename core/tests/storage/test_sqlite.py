@@ -15,7 +15,7 @@ from framework.schemas.run import RunState
 from framework.storage import codec
 from framework.storage import sqlite_schema as schema
 from framework.storage.chunks import Chunk, diff
-from framework.storage.contract import Writer, accept, commit, new_run, state_at
+from framework.storage.contract import Writer, accept, commit, journal, new_run, state_at
 from framework.storage.memory import MemoryStorage
 from framework.storage.records import Retention
 from framework.storage.sqlite import SQLiteStorage
@@ -78,6 +78,70 @@ def test_a_batch_is_one_transaction(path: Path) -> None:
         assert commits_in_wal(path) == before + 1
 
 
+@pytest.mark.parametrize("rows", [1, 30])
+def test_journal_rows_are_one_transaction_and_share_one(path: Path, rows: int) -> None:
+    with SQLiteStorage(path) as store:
+        store.open_run(new_run(), "me", 60)
+        before = commits_in_wal(path)
+        accept(store, journal(*(("s", number, b"x" * 300) for number in range(rows)), token=1))
+        assert commits_in_wal(path) == before + 1
+        writes = [journal(("s", number, b"y"), token=1) for number in range(rows)]
+        accept(store, *writes, commit(1, token=1), *writes)
+        assert commits_in_wal(path) == before + 2
+        assert len(store.read_journal("run_1")) == rows
+
+
+def test_a_refused_journal_write_writes_nothing(path: Path) -> None:
+    with SQLiteStorage(path) as store:
+        store.open_run(new_run(), "me", 60)
+        before = commits_in_wal(path)
+        for rows in (1, 2):
+            outcome = store.commit([journal(*(("s", number, b"") for number in range(rows)), token=2)])[0]
+            assert outcome is not None
+        assert commits_in_wal(path) == before
+
+
+def test_an_error_of_one_write_undoes_only_it(path: Path) -> None:
+    with SQLiteStorage(path) as store:
+        store.open_run(new_run(), "me", 60)
+        store._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000)  # what no check of ours foresees
+        large = b"x" * 20_000
+        outcomes = store.commit(
+            [
+                journal(("s", 1, b"1"), token=1),
+                journal(("s", 2, large), token=1),
+                journal(("s", 3, b"3"), ("s", 4, large), token=1),
+                commit(1, token=1, chunks=[Chunk("a", "set", b"1"), Chunk("b", "set", large)]),
+                journal(("s", 5, b"5"), token=1),
+            ]
+        )
+        assert [outcome is None for outcome in outcomes] == [True, False, False, False, True]
+        assert all("MAX_VALUE_BYTES" in str(outcome) for outcome in outcomes if outcome is not None)
+        assert [row.number for row in store.read_journal("run_1")] == [1, 5]
+        assert store.read_log("run_1") == []
+
+
+def test_asking_what_is_due_reads_an_index(path: Path) -> None:
+    with SQLiteStorage(path) as store:
+        asked: list[str] = []
+        store._db.set_trace_callback(asked.append)
+        assert store.list_due() == []
+        store._db.set_trace_callback(None)
+        [query] = [statement for statement in asked if "FROM runs" in statement]
+        plan = store._db.execute(f"EXPLAIN QUERY PLAN {query}").fetchall()
+        assert [row["detail"] for row in plan] == ["SEARCH runs USING INDEX runs_by_waking (wake_at<?)"]
+
+
+def test_a_journal_does_not_pile_up(path: Path) -> None:
+    with SQLiteStorage(path) as store:
+        store.open_run(new_run(), "me", 60)
+        for sequence in range(1, 60):
+            accept(store, journal(*((f"s{sequence}", number, b"x" * 5_000) for number in range(10)), token=1))
+            accept(store, commit(sequence, token=1, journal_done=[f"s{sequence}"]))
+        store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        assert path.stat().st_size < 1_000_000
+
+
 def test_a_refused_commit_writes_nothing(path: Path) -> None:
     with SQLiteStorage(path) as store:
         store.open_run(new_run(), "me", 60)
@@ -128,7 +192,7 @@ def test_a_newer_store_is_refused_and_left_alone(path: Path) -> None:
         store.open_run(new_run())
         store._db.execute("UPDATE meta SET value = '99' WHERE name = 'schema_version'")
     before = path.read_bytes()
-    with pytest.raises(StoreTooNew, match=r"schema version 99.*up to 2.*Upgrade"):
+    with pytest.raises(StoreTooNew, match=r"schema version 99.*up to 3.*Upgrade"):
         SQLiteStorage(path)
     assert path.read_bytes() == before
 
@@ -192,16 +256,17 @@ def test_an_older_store_is_migrated_with_its_data(path: Path) -> None:
         writer.check(store, [1], "after the migration, read by the older code")
 
 
-def test_a_store_of_version_1_is_migrated_when_it_is_opened(path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_store_of_an_older_version_is_migrated_when_it_is_opened(path: Path, version: int) -> None:
     with closing(schema.connect(path, 5)) as connection:
-        schema.migrate(connection, str(path), schema.MIGRATIONS[:1])
-        assert schema.version_of(connection) == 1
+        schema.migrate(connection, str(path), schema.MIGRATIONS[:version])
+        assert schema.version_of(connection) == version
         connection.execute("INSERT INTO definitions VALUES ('f1', ?, ?)", (b"{}", schema.row_crc("f1", b"{}")))
         facts = ("run_1", "graph", "goal", "f1", None, 5.0, b"{}")
         connection.execute(
             "INSERT INTO runs (run_id, executor_type, goal_id, fingerprint, header, header_crc, state, created_at, "
             "updated_at, token, lease_until, recovery_attempts) "
-            "VALUES ('run_1', 'graph', 'goal', 'f1', ?, ?, 'failed', 5.0, 6.0, 3, 0, 0)",
+            "VALUES ('run_1', 'graph', 'goal', 'f1', ?, ?, 'paused', 5.0, 6.0, 3, 0, 0)",
             (b"{}", schema.row_crc(*facts)),
         )
     before = commits_in_wal(path) if Path(f"{path}-wal").exists() else 0
@@ -210,10 +275,13 @@ def test_a_store_of_version_1_is_migrated_when_it_is_opened(path: Path) -> None:
         assert schema.version_of(store._db) == schema.SCHEMA_VERSION
         record = store.find_run("run_1")
         assert record is not None
-        assert (record.token, record.created_at, record.header) == (3, 5.0, b"{}")
-        assert store.read_messages("run_1") == []
+        assert (record.token, record.created_at, record.header, record.wake_at) == (3, 5.0, b"{}", None)
+        assert (store.read_messages("run_1"), store.read_journal("run_1"), store.list_due()) == ([], [], [])
         store.send("run_1", "answer", b"42")
         assert [message.body for message in store.read_messages("run_1")] == [b"42"]
+        accept(store, journal(("s", 1, b"1")), commit(1, state=RunState.PAUSED, wake_at=7.0))
+        assert [row.record for row in store.read_journal("run_1")] == [b"1"]
+        assert [due.wake_at for due in store.list_due()] == [7.0]
         assert store.verify().ok
     new = path.with_name("new.db")
     SQLiteStorage(new).close()
@@ -314,6 +382,7 @@ def test_a_store_in_memory_survives_a_fork(python: Python) -> None:
     "statement",
     [
         "UPDATE runs SET state = 'nonsense'",
+        "UPDATE runs SET wake_at = 'soon'",
         "UPDATE runs SET header = x'00'",
         "UPDATE runs SET header = CAST('text' AS TEXT)",
         "UPDATE runs SET fingerprint = 'other'",

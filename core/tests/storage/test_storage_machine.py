@@ -33,7 +33,7 @@ from framework.schemas.run import Run, RunState
 from framework.storage import codec
 from framework.storage.backend import FileStorage, Storage
 from framework.storage.chunks import Chunk, diff
-from framework.storage.contract import commit, new_run, state_at
+from framework.storage.contract import commit, journal, new_run, state_at
 from framework.storage.memory import MemoryStorage
 from framework.storage.records import Retention
 from framework.storage.sqlite import SQLiteStorage
@@ -41,6 +41,7 @@ from framework.testing import ManualClock
 
 RUNS = ("run_1", "../run 2", "RUN_1")
 KEYS = ("a", "b", "c\x00c")
+STEPS = ("s", "../t", "s\x00b")
 Opener = Callable[[Path, ManualClock], Storage]
 
 
@@ -60,6 +61,8 @@ class ModelRun:
     checkpoints: list[tuple[int, str]] = field(default_factory=list)
     document: str | None = None
     messages: list[tuple[str, bytes]] = field(default_factory=list)
+    journal: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    wake_at: float | None = None
 
     def held(self, now: float) -> bool:
         return self.owner is not None and self.lease_until > now
@@ -128,8 +131,8 @@ class StorageMachine(RuleBasedStateMachine):
         assert record.state is (RunState.CRASHED if crashed else run.state)
         run.attempts = run.attempts + 1 if crashed else 0
         run.owner, run.token, run.lease_until = "claimer", run.token + 1, self.clock.now + seconds
-        run.state = RunState.RUNNING  # the error stays until a commit with a state replaces it
-        assert (record.token, record.error) == (run.token, run.error)
+        run.state, run.error, run.wake_at = RunState.RUNNING, None, None
+        assert record.token == run.token
 
     @rule(run_id=st.sampled_from(RUNS), stale=st.booleans())
     def renew(self, run_id: str, stale: bool) -> None:
@@ -171,7 +174,11 @@ class StorageMachine(RuleBasedStateMachine):
         is_checkpoint=st.booleans(),
         keep=st.sampled_from([None, None, 1, 2, 3]),
         wrong=st.sampled_from([None, None, None, None, "token", "sequence", "no token"]),
-        state=st.sampled_from([None, None, None, RunState.FAILED, RunState.COMPLETED, RunState.RUNNING]),
+        state=st.sampled_from(
+            [None, None, None, RunState.FAILED, RunState.COMPLETED, RunState.RUNNING, RunState.PAUSED]
+        ),
+        wake_in=st.sampled_from([None, -1, 0, 20]),
+        done=st.sets(st.sampled_from(STEPS), max_size=2),
         release=st.booleans(),
         replace=st.booleans(),
         log=st.sampled_from([None, b'"logged"']),
@@ -183,6 +190,8 @@ class StorageMachine(RuleBasedStateMachine):
         keep: int | None,
         wrong: str | None,
         state: RunState | None,
+        wake_in: float | None,
+        done: set[str],
         release: bool,
         replace: bool,
         log: bytes | None,
@@ -209,10 +218,13 @@ class StorageMachine(RuleBasedStateMachine):
             token, expected = 0, RunBusy
         elif wrong == "sequence":
             sequence, expected = data.draw(st.sampled_from([sequence - 1, sequence + 1])), CommitConflict
+        wake_at = None if wake_in is None or state is not RunState.PAUSED else self.clock.now + wake_in
         one = commit(
             sequence,
             run_id,
             token,
+            wake_at=wake_at,
+            journal_done=sorted(done),
             checkpoint_id=name,
             log=log,
             chunks=diff(old_bytes, new_bytes),
@@ -234,9 +246,27 @@ class StorageMachine(RuleBasedStateMachine):
             if keep is not None:
                 run.checkpoints = run.checkpoints[-keep:]
         if state is not None:
-            run.state, run.error = state, one.error
+            run.state, run.error, run.wake_at = state, one.error, wake_at
         if release:
             run.owner, run.lease_until = None, 0.0
+        run.journal = {key: record for key, record in run.journal.items() if key[0] not in done}
+
+    @precondition(lambda self: self.runs)
+    @rule(
+        data=st.data(),
+        rows=st.lists(
+            st.tuples(st.sampled_from(STEPS), st.integers(0, 3), st.sampled_from([b"", b'{"n":1}', b"\xff"]))
+        ),
+        stale=st.booleans(),
+    )
+    def write_journal(self, data: st.DataObject, rows: list[tuple[str, int, bytes]], stale: bool) -> None:
+        run_id = data.draw(st.sampled_from(sorted(self.runs)))
+        run = self.runs[run_id]
+        token = run.token + 1 if stale else run.token if run.owner is not None else 0
+        outcome = self.store.commit([journal(*rows, run_id=run_id, token=token)])[0]
+        assert (None if outcome is None else type(outcome)) is (LeaseLost if stale else None), outcome
+        if not stale:
+            run.journal.update({(step, number): record for step, number, record in rows})
 
     @precondition(lambda self: self.runs)
     @rule(data=st.data(), keep=st.integers(0, 3))
@@ -273,6 +303,7 @@ class StorageMachine(RuleBasedStateMachine):
             return
         assert self.store.delete_checkpoints(run_id) == len(run.checkpoints)
         run.checkpoints = []
+        run.journal = {}
         run.states[1:] = [run.states[0]] * (len(run.states) - 1)
 
     @precondition(lambda self: self.runs)
@@ -356,9 +387,14 @@ class StorageMachine(RuleBasedStateMachine):
             assert rows == run.checkpoints[::-1]
             assert [row.record for row in store.read_log(record.run_id)] == run.log
             assert [(each.name, each.body) for each in store.read_messages(record.run_id)] == run.messages
+            calls = [((each.step, each.number), each.record) for each in store.read_journal(record.run_id)]
+            assert calls == sorted(run.journal.items())
+            assert record.wake_at == run.wake_at
             for sequence in {0, record.sequence, *(sequence for sequence, _ in run.checkpoints)}:
                 state = {key: codec.encode(value) for key, value in run.states[sequence].items()}
                 assert state_at(store, sequence, record.run_id) == state
+        due = [(run.wake_at, run_id) for run_id, run in self.runs.items() if run.wake_at is not None]
+        assert [record.run_id for record in store.list_due()] == [run_id for at, run_id in sorted(due) if at <= now]
         counts = {run_id: len(run.messages) for run_id, run in self.runs.items() if run.messages}
         assert store.count_messages(RUNS) == counts
         assert [record.run_id for record in store.find_runs("r")] == [one for one in ("run_1",) if one in self.runs]

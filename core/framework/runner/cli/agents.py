@@ -21,6 +21,7 @@ from framework.runner.cli.running import Loop, Stopped, run_to_end
 from framework.runner.cli.settings import Settings
 from framework.runner.cli.stores import command_for, facts_of
 from framework.runner.cli.text import shown_url
+from framework.runner.cli.view_screens import answer_commands
 from framework.schemas.checkpoint import CheckpointConfig, ExecutorType
 from framework.schemas.run import RunState
 from framework.storage.backend import Storage
@@ -204,6 +205,9 @@ class Job:
             stored=view.state if view is not None else None,
             waits_for=tuple(key for each in view.resume.waiting for key in each.keys) if view is not None else (),
             ignored=tuple(self.ignored),
+            waits=view.resume.waiting if view is not None else (),
+            answers=tuple(answer_commands(self.settings, view)) if view is not None else (),
+            unknown=view.resume.unknown if view is not None else (),
         )
         self.ended = outcome
         if self.output_file is not None:

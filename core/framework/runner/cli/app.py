@@ -23,11 +23,11 @@ _PACKAGE = "framework.runner.cli"
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "run": ("commands_agent", "run", "Run an agent; its finished steps are kept."),
     "resume": ("commands_agent", "resume", "Go on with a run after its last finished step."),
-    "recover": ("recovering", "recover", "Find the runs whose process died, and resume them."),
+    "recover": ("recovering", "recover", "Resume the runs whose process died, and those that are due."),
     "info": ("commands_folders", "info", "Show an agent: its nodes, edges, goal and tools."),
     "validate": ("commands_folders", "validate", "Check an agent without running it."),
     "list": ("commands_folders", "list_agents", "List the agents in a folder."),
-    "runs": ("commands_runs", "runs", "List, show, watch, cancel, fork, approve and delete runs."),
+    "runs": ("commands_runs", "runs", "List, show, watch, answer, cancel, fork and delete runs."),
     "checkpoints": ("commands_checkpoints", "checkpoints", "List, show, compare, verify and prune checkpoints."),
     "fork": ("forking", "fork", "Start a new run from a checkpoint of another."),
     "shell": ("shell", "shell", "Talk to an agent line by line."),

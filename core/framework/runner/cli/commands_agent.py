@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from framework.graph.budget import RunBudget
 from framework.runner.cli.agents import Choices, Job, folder_of, load_agent
 from framework.runner.cli.app import Command, model_option
 from framework.runner.cli.exits import usage_error
@@ -15,6 +16,10 @@ from framework.runner.cli.inputs import agent_folder, check_run_id, input_option
 from framework.runner.cli.settings import Settings, quiet_option
 from framework.runner.cli.stores import RESUMABLE, facts_of, find_run, open_store
 from framework.schemas.run import RunState
+
+
+def _budget(max_tokens: int | None, max_cost: float | None) -> RunBudget | None:
+    return RunBudget(max_tokens, max_cost) if (max_tokens, max_cost) != (None, None) else None
 
 
 class _OutputType(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.3
@@ -56,6 +61,18 @@ def _run_options(command: Any) -> Any:
             "--allow-change", is_flag=True, help="Go on with the agent as it is now, though it changed since the start."
         ),
         click.option("--base-url", metavar="URL", help="An OpenAI-compatible endpoint to use instead of the vendor's."),
+        click.option(
+            "--max-cost",
+            type=click.FloatRange(min=0),
+            metavar="USD",
+            help="Fail the run when it has cost this much, over all its processes, as far as prices are known.",
+        ),
+        click.option(
+            "--max-tokens",
+            type=click.IntRange(min=0),
+            metavar="N",
+            help="Fail the run when it has used up N tokens, over all its processes.",
+        ),
         model_option(),
         click.option("--mock", is_flag=True, help="Fill every output with made-up values; no model is asked."),
     ):
@@ -79,6 +96,8 @@ def run(
     mock: bool,
     base_url: str | None,
     allow_change: bool,
+    max_tokens: int | None,
+    max_cost: float | None,
     output_file: Path | None,
     output_path: Path | None,
     quiet: bool,
@@ -91,6 +110,7 @@ def run(
         raise usage_error("--run-id names a run to go on with, which --no-checkpoints does not keep; give one of them.")
     if run_id is not None:
         check_run_id(run_id)
+    budget = _budget(max_tokens, max_cost)
     choices = Choices(mock=mock, base_url=base_url, allow_change=allow_change)
     folder = agent_folder(agent)
     given = read_input(input_text, input_file)
@@ -114,7 +134,7 @@ def run(
             input=data,
             resume_words=choices.words(settings),
         )
-        return job.carry_out(lambda agent: agent.run(data, run_id=run_id))
+        return job.carry_out(lambda agent: agent.run(data, run_id=run_id, budget=budget))
     finally:
         if storage is not None:
             storage.close()
@@ -134,6 +154,8 @@ def resume(
     mock: bool,
     base_url: str | None,
     allow_change: bool,
+    max_tokens: int | None,
+    max_cost: float | None,
     output_file: Path | None,
     output_path: Path | None,
     quiet: bool,
@@ -143,6 +165,7 @@ def resume(
     RUN is an id, the beginning of one, or `latest`: the newest run that can go on. A paused run takes its answer as
     input: `surefoot resume latest -i '{"approved": true}'`. Of a completed run the result is shown; nothing runs.
     """
+    budget = _budget(max_tokens, max_cost)
     choices = Choices(mock=mock, base_url=base_url, allow_change=allow_change)
     given = read_input(input_text, input_file)
     target = _writable(output_file or output_path)
@@ -165,7 +188,7 @@ def resume(
             input=given or {},
             resume_words=(*choices.words(settings), *moved),
         )
-        return job.carry_out(lambda agent: agent.resume(record.run_id, given))
+        return job.carry_out(lambda agent: agent.resume(record.run_id, given, budget=budget))
 
 
 def _writable(path: Path | None) -> Path | None:

@@ -22,6 +22,7 @@ from framework.runner.cli.exits import Exit, usage_error
 from framework.runner.cli.forking import ForkOptions, fork_options, fork_run
 from framework.runner.cli.output import Cell, Column, jsonable
 from framework.runner.cli.settings import Settings
+from framework.runner.cli.settling import send, settle
 from framework.runner.cli.stores import command_for, facts_of, find_run, open_store
 from framework.runner.cli.text import ago, size, timestamp
 from framework.runner.cli.view_screens import next_command, show_run, steps_table
@@ -36,13 +37,13 @@ _STATES = [state.value for state in RunState]
 
 @click.group("runs", cls=Group)
 def runs() -> None:
-    """List, show, watch, cancel, fork, approve, export and delete runs.
+    """List, show, watch, answer, settle, cancel, fork, export and delete runs.
 
     RUN is a run's id, the beginning of exactly one id, or `latest`.
     """
 
 
-for _command in (approve, reject, cancel, delete, watch):
+for _command in (approve, reject, send, settle, cancel, delete, watch):
     runs.add_command(_command)
 
 

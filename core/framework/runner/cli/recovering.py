@@ -1,4 +1,4 @@
-"""``surefoot recover``: find the runs whose process died, and resume them."""
+"""``surefoot recover``: find the runs whose process died or that are due, and resume them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from framework.runner.cli.settings import Settings
 from framework.runner.cli.stores import agent_of, all_runs, command_for, facts_of, is_of_folder, open_store
 from framework.runner.cli.text import counted, shortened
 from framework.runner.runner import MAX_RECOVERY_ATTEMPTS
+from framework.runner.waking import woken_runs
 from framework.schemas.checkpoint import CheckpointConfig, ExecutorType
 from framework.schemas.run import RunState
 from framework.storage.backend import Storage
@@ -45,8 +46,9 @@ _LONGEST_WAIT_SECONDS = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What came of one crashed run. ``outcome``: completed, paused, failed; cancelled (that had been asked for before
-    its process ended); busy (another process took it); skipped; interrupted (by a stop: left to the next process)."""
+    """What came of one run that was taken up. ``outcome``: completed, paused, failed; cancelled (that had been asked
+    for before its process ended); busy (another process took it); skipped; interrupted (by a stop: left to the next
+    process)."""
 
     run_id: str
     agent: str | None
@@ -69,7 +71,8 @@ class _Missed:
 
 @dataclass(slots=True)
 class _Recovery:
-    """Looks for crashed runs in one store and resumes them, at most ``parallel`` at once."""
+    """Looks for crashed runs, and paused ones that can go on, in one store and resumes them, at most ``parallel`` at
+    once."""
 
     settings: Settings
     storage: Storage
@@ -79,15 +82,17 @@ class _Recovery:
     missed: dict[str, _Missed] = field(default_factory=dict)
     """Runs that could not be taken up, by id."""
 
-    def crashed(self) -> list[RunRecord]:
-        """Runs that nobody works on though they are not finished and that are due, oldest first and those that were
-        tried before last; parts of others are none."""
+    def to_resume(self) -> list[RunRecord]:
+        """Runs that nobody works on though they are not finished, oldest first, then paused ones that have what they
+        waited for; those that were tried before come last. Parts of others are none, and neither are those that were
+        tried just now."""
         found = [
             run
             for run in all_runs(self.storage, [RunState.CRASHED, RunState.RUNNING])
             if run.state is RunState.CRASHED and run.parent_run_id is None and self._is_due(run) and self._is_ours(run)
         ]
         found.reverse()
+        found += [run for run in woken_runs(self.storage) if self._is_due(run) and self._is_ours(run)]
         return sorted(found, key=lambda run: run.run_id in self.missed)
 
     def _is_due(self, run: RunRecord) -> bool:
@@ -99,9 +104,9 @@ class _Recovery:
 
     def foretell(self, run: RunRecord) -> Recovered:
         """The run as it is, and what would become of it if not resumed."""
-        asked = was_asked_to_stop(self.storage, run)
+        asked = run.state is RunState.CRASHED and was_asked_to_stop(self.storage, run)
         why = f"{_ASKED}; would be cancelled" if asked else None
-        return Recovered(run.run_id, agent_of(run), "crashed", error=why)
+        return Recovered(run.run_id, agent_of(run), run.state.value, error=why)
 
     async def resume(self, runs: Sequence[RunRecord], tell: Callable[[Recovered], None]) -> list[Recovered]:
         """Resume ``runs``; ``tell`` hears of each as it ends, but not twice in a row the same of one that could not be
@@ -148,7 +153,10 @@ class _Recovery:
     async def _resume(self, run: RunRecord) -> Recovered:
         agent = agent_of(run)
         try:
-            if await asyncio.to_thread(cancel_if_asked, self.storage, run, CheckpointConfig().lease_seconds):
+            crashed = run.state is RunState.CRASHED
+            if crashed and await asyncio.to_thread(
+                cancel_if_asked, self.storage, run, CheckpointConfig().lease_seconds
+            ):
                 return Recovered(run.run_id, agent, "cancelled", error=_ASKED)
         except RunBusy:
             return Recovered(run.run_id, agent, "busy", error=_TAKEN)
@@ -157,7 +165,7 @@ class _Recovery:
         if run.executor_type != ExecutorType.GRAPH.value:
             return Recovered(run.run_id, agent, "skipped", error="executes a plan; its own program resumes it")
         try:
-            if run.recovery_attempts >= MAX_RECOVERY_ATTEMPTS:
+            if crashed and run.recovery_attempts >= MAX_RECOVERY_ATTEMPTS:
                 crashes = await asyncio.to_thread(self._crashes, run)
                 if crashes > MAX_RECOVERY_ATTEMPTS:
                     problem = f"ended its process {crashes} times in a row; `surefoot resume` still takes it up"
@@ -241,7 +249,7 @@ def _ended(run_id: str, agent: str | None, result: ExecutionResult) -> Recovered
     metavar="N",
     help="How many runs go on at once.",
 )
-@click.option("--dry-run", is_flag=True, help="Only list the crashed runs.")
+@click.option("--dry-run", is_flag=True, help="Only list the runs that it would take up.")
 @click.pass_obj
 def recover(
     settings: Settings,
@@ -252,9 +260,10 @@ def recover(
     parallel: int,
     dry_run: bool,
 ) -> int:
-    """Find the runs whose process died, and resume them after their last finished steps.
+    """Find the runs whose process died, or that are due, and resume them after their last finished steps.
 
-    Runs that failed, paused or were stopped are left alone: `surefoot resume` goes on with those. One that was asked
+    A paused run is due when its sleep is over, or when it was sent what a node of it waits for. Others that paused,
+    failed or were stopped are left alone: `surefoot resume` goes on with those. One that was asked
     to stop (`surefoot runs cancel`) before its process died is cancelled instead. A stop of this command (Ctrl-C,
     SIGTERM) leaves the runs that it has taken up to the next one. Exit code 1 when a run could not be recovered, 3 when
     one paused.
@@ -263,11 +272,11 @@ def recover(
     with open_store(settings, create=watch) as storage:
         recovery = _Recovery(settings, storage, folder, parallel, interval)
         if dry_run:
-            _show(settings, [recovery.foretell(run) for run in recovery.crashed()[:limit]])
+            _show(settings, [recovery.foretell(run) for run in recovery.to_resume()[:limit]])
             return Exit.DONE
         if watch:
             return _watch(settings, recovery, agent, limit)
-        runs = recovery.crashed()[:limit]
+        runs = recovery.to_resume()[:limit]
         results: list[Recovered] = []
         try:
             with settings.screen.agent_prints_aside():
@@ -282,7 +291,9 @@ def recover(
 
 def _watch(settings: Settings, recovery: _Recovery, agent: str | None, limit: int | None) -> int:
     screen = settings.screen
-    screen.note(f"Looking for crashed runs every {recovery.interval:g} s. Ctrl-C ends this.")
+    screen.note(
+        f"Looking for crashed runs, and for those that are due, every {recovery.interval:g} s. Ctrl-C ends this."
+    )
     seen: list[Recovered] = []
 
     def tell(found: Recovered) -> None:
@@ -293,7 +304,7 @@ def _watch(settings: Settings, recovery: _Recovery, agent: str | None, limit: in
 
     async def forever() -> None:
         while True:
-            await recovery.resume((await asyncio.to_thread(recovery.crashed))[:limit], tell)
+            await recovery.resume((await asyncio.to_thread(recovery.to_resume))[:limit], tell)
             await asyncio.sleep(recovery.interval)
 
     try:
@@ -327,7 +338,7 @@ def _show(settings: Settings, results: Sequence[Recovered]) -> None:
     if screen.json:
         screen.document({"recovered": [asdict(each) for each in results]})
     elif not results:
-        screen.say("No run has crashed.")
+        screen.say("No run has crashed, and none is due.")
     else:
         columns = [
             Column("outcome"),

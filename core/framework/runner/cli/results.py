@@ -13,9 +13,12 @@ from framework._secrets import mask
 from framework.graph.edge import GraphSpec
 from framework.graph.executor import ExecutionResult
 from framework.graph.readable import masked_state
+from framework.graph.resume_outlook import Waiting
+from framework.graph.run_view import as_json
 from framework.runner.cli.exits import CommandError, Exit
 from framework.runner.cli.output import Cell, Screen, Styled, jsonable, style_of
 from framework.runner.cli.text import answer_form, clean, command_line, counted, duration, money, preview
+from framework.runner.cli.view_screens import show_answers, waits_in_words
 from framework.schemas.run import RunState
 
 _MOST_LINES = 12
@@ -29,7 +32,8 @@ class Outcome:
     ``seconds`` is this process's time and ``cost`` the run's in USD. ``kept`` says whether the run can go on from a
     store, ``stored`` the state it has there, and ``waits_for`` the keys that it waits for by what is stored.
     ``ignored`` are keys of input that a completed run was given. ``command`` are the words that go on with it,
-    ``given`` the keys of its input.
+    ``given`` the keys of its input. ``waits`` is what its nodes wait for, and ``answers`` the commands that give it to
+    them; ``unknown`` are calls to be settled.
     """
 
     result: ExecutionResult
@@ -42,6 +46,9 @@ class Outcome:
     waits_for: tuple[str, ...] = ()
     stored: RunState | None = None
     ignored: tuple[str, ...] = ()
+    waits: tuple[Waiting, ...] = ()
+    answers: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
 
     @property
     def state(self) -> RunState:
@@ -66,10 +73,15 @@ class Outcome:
         answer = ["-i", answer_form(asked)] if asked else []
         return command_line(*self.command, answer)
 
+    @property
+    def is_suspended(self) -> bool:
+        """Whether a node is in the middle of its calls and waits, rather than for input."""
+        return any(each.kind not in ("input", "approval") for each in self.waits)
+
     def asked_for(self) -> list[str]:
         """Keys of the answer to a pause: those a person's node is to give, else those that the node paused at or the
         one after it reads and the state does not have yet."""
-        if self.waits_for:
+        if self.waits_for or self.is_suspended:
             return list(self.waits_for)
         following = self.result.session_state.get("next_node")
         names = [self.result.paused_at, following]
@@ -103,6 +115,8 @@ def full_document(outcome: Outcome) -> dict[str, Any]:
         "error": mask(result.error) if result.error else None,
         "paused_at": result.paused_at,
         "asks_for": outcome.asked_for() if result.paused_at else [],
+        "waits_for": [as_json(each) for each in outcome.waits] if result.paused_at else [],
+        "answer_commands": list(outcome.answers),
         "path": result.path,
         "steps_executed": result.steps_executed,
         "steps_recovered": result.steps_recovered,
@@ -138,16 +152,20 @@ def show(screen: Screen, outcome: Outcome) -> None:
         pairs.append(
             ("error" if state is RunState.FAILED else "why", Styled(mask(result.error), style_of(state.value)))
         )
+    if state is RunState.PAUSED:
+        pairs += [("waits for", waits_in_words(each)) for each in outcome.waits if each.kind != "input"]
     screen.fields(pairs)
     shown = masked_state(_worth_showing(outcome))
     if shown:
         screen.say("")
         screen.say(Styled("output" if state is RunState.COMPLETED else "state so far", "bold"))
         screen.fields([(clean(key), _short(screen, value)) for key, value in shown.items()], indent=2)
+    show_answers(screen, outcome.answers, settles=bool(outcome.unknown))
     command = outcome.resume_command
     if command is not None:
         screen.say("")
-        screen.say(Styled("answer with" if state is RunState.PAUSED else "go on with", "bold"))
+        asks = state is RunState.PAUSED and not outcome.is_suspended
+        screen.say(Styled("answer with" if asks else "go on with", "bold"))
         screen.say(f"  {command}", wrap=False)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from framework._secrets import mask
-from framework.graph.resume_outlook import owner_in_words
-from framework.graph.run_view import RunView, StepView
+from framework.graph.resume_outlook import Waiting, owner_in_words
+from framework.graph.run_view import CallView, RunView, StepView
 from framework.graph.text import text_of
 from framework.runner.cli.output import Cell, Column, Screen, Styled, style_of
 from framework.runner.cli.settings import Settings
@@ -32,7 +32,19 @@ STANDINGS: dict[str, tuple[str, str]] = {
 }
 """Each standing of a step: the state whose mark and colour it has, and its words."""
 
+CALLS: dict[str, tuple[str, str]] = {
+    "done": ("completed", "done"),
+    "failed": ("failed", "failed"),
+    "begun": ("again", "in flight"),
+    "unknown": ("failed", "effect unknown"),
+    "running": ("running", "running"),
+    "waiting": ("paused", "waiting"),
+    "timed_out": ("warning", "timed out"),
+}
+"""As `STANDINGS`, of the calls inside a step."""
+
 _MOST_STEPS = 20
+_MOST_CALLS = 20
 _MOST_KEYS = 12
 _MOST_PROBLEMS = 5
 _MOST_NAMED = 8
@@ -85,6 +97,7 @@ def show_run(settings: Settings, view: RunView, *, full: bool) -> None:
         more = f"{counted(hidden, 'earlier one')} left out; --full shows all" if hidden else ""
         heading(screen, "Steps", more)
         steps_table(screen, shown, is_plan=view.kind == "plan")
+    _calls(screen, view, full=full)
     if view.state_keys:
         heading(screen, "State", f"at checkpoint {view.resume.sequence}" if view.resume.sequence else "at the start")
         state_table(screen, [(each.key, each.type, each.bytes, each.summary) for each in view.state_keys], full=full)
@@ -177,6 +190,68 @@ def _problems(screen: Screen, view: RunView, *, full: bool) -> None:
             screen.say(screen.state("warning", line))
 
 
+def _calls(screen: Screen, view: RunView, *, full: bool) -> None:
+    """The calls of unfinished steps: those that are not simply done, and the last of the others."""
+    if not view.calls:
+        return
+    last = {call.id for call in view.calls[-_MOST_CALLS:]}
+    shown = [call for call in view.calls if full or call.id in last or call.state != "done"]
+    hidden = len(view.calls) - len(shown)
+    heading(screen, "Calls of unfinished steps", f"{hidden} that are done left out; --full shows all" if hidden else "")
+    columns = [Column("call", grow=True), Column("name", grow=True, drop=1), Column("status")]
+    with_cost = any(call.cost for call in shown)
+    columns += [Column("cost", right=True, drop=3)] if with_cost else []
+    columns.append(Column("detail", grow=True, drop=2))
+    rows: list[list[Cell]] = []
+    for call in shown:
+        state, words = CALLS[call.state]
+        row: list[Cell] = [call.id, call.name, screen.state(state, words)]
+        row += [money(call.cost) if call.cost else ""] if with_cost else []
+        row.append(mask(_detail(call, full=full)))
+        rows.append(row)
+    screen.table(columns, rows)
+
+
+def _detail(call: CallView, *, full: bool) -> str:
+    if call.kind == "sleep" and call.until is not None:
+        return f"until {clock_time(call.until)}"
+    if call.state == "unknown":
+        return f"policy {call.policy}, key {call.key}"
+    text = call.answer if call.answer is not None else call.question or ""
+    return text if full else shortened(text, 100)
+
+
+def waits_in_words(waiting: Waiting) -> str:
+    """What the run waits for, for a line after "waits for"."""
+    until = f" until {clock_time(waiting.until)}" if waiting.until is not None else ""
+    match waiting.kind:
+        case "approval":
+            return f"approval of {waiting.step}: {mask(shortened(waiting.question or '', 200))}"
+        case "input":
+            return f"{waiting.step}: input {', '.join(waiting.keys) or 'of any kind'}"
+        case "sleep":
+            return f"{waiting.step}: sleeps{until}"
+        case "signal":
+            return f"{waiting.step}: the signal {waiting.name}{until}"
+        case "answer":
+            return f"{waiting.step}: an answer to: {mask(shortened(waiting.question or '', 400))}"
+        case _:
+            return f"{waiting.step}: {waiting.name} to be settled, whose effect is unknown"
+
+
+def answer_commands(settings: Settings, view: RunView) -> list[str]:
+    """What to type for what nodes of the run wait for: one command each, to be filled in, and for each effect that is
+    unknown the one that settles it."""
+    if view.resume.verdict in ("nothing", "busy", "refused"):
+        return []
+    waits = [each for each in view.resume.waiting if each.kind in ("signal", "answer") and each.name is not None]
+    sends = [command_for(settings, "runs", "send", view.run_id, each.name or "", "<JSON>") for each in waits]
+    settles = [
+        command_for(settings, "runs", "settle", view.run_id, call, "--done", "<JSON>") for call in view.resume.unknown
+    ]
+    return sends + settles
+
+
 _VERDICTS = {"goes_on": "again", "waits": "paused", "nothing": "completed", "busy": "running", "refused": "failed"}
 
 
@@ -194,13 +269,16 @@ def _resume(settings: Settings, view: RunView) -> None:
         if resume.first:
             lines.append(("runs next", _named(resume.first)))
         for each in resume.waiting:
-            if each.kind == "approval":
-                lines.append(("waits for", f"approval of {each.step}: {mask(shortened(each.question or '', 200))}"))
-            else:
-                lines.append(("waits for", f"{each.step}: input {', '.join(each.keys) or 'of any kind'}"))
+            lines.append(("waits for", waits_in_words(each)))
+        named = {each.name for each in resume.waiting if each.kind == "settle"}
+        for call in resume.unknown:
+            if call in named:
+                continue
+            lines.append(("unknown", f"the effect of {call}, which was in flight when its process ended"))
     lines += [("changed", line) for line in resume.changes]
     lines += [("note", mask(line)) for line in resume.notes]
     screen.fields(lines)
+    show_answers(screen, answer_commands(settings, view), settles=bool(resume.unknown))
     command = next_command(settings, view)
     if command is not None:
         screen.say()
@@ -208,8 +286,20 @@ def _resume(settings: Settings, view: RunView) -> None:
         screen.say("  ", Styled(command, "cyan"), wrap=False)
 
 
+def show_answers(screen: Screen, commands: Sequence[str], *, settles: bool) -> None:
+    """The commands that give a run what it waits for."""
+    if not commands:
+        return
+    screen.say()
+    screen.say(Styled("settle with" if settles else "answer with", "bold"))
+    for each in commands:
+        screen.say("  ", Styled(each, "cyan"), wrap=False)
+    if settles:
+        screen.say("  ", Styled("--redo instead of --done makes the call again, --skip leaves it", _DIM))
+
+
 def next_command(settings: Settings, view: RunView) -> str | None:
-    """What to type to have the run go on, when there is something."""
+    """What to type to have the run go on, when there is something; after `answer_commands`, if there are any."""
     resume = view.resume
     if resume.verdict in ("nothing", "refused"):
         return None

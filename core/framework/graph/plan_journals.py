@@ -1,0 +1,102 @@
+"""The journals of a plan's steps in flight: what one attempt asks models and tools, and what its judge asks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from framework.graph.budget import RunBudget
+from framework.graph.journal import AttemptJournal
+from framework.graph.journal_llm import JournaledLLM
+from framework.graph.judge import HybridJudge
+from framework.graph.run_journals import RunJournals
+from framework.graph.run_opening import Restored
+from framework.graph.spending import NOTHING, Spent
+from framework.graph.suspension import Waiting
+from framework.graph.worker_actions import StepExecutionResult
+
+# A judge is shown how long the work took, which is never the same twice: a question is the same without it.
+_LATENCY = re.compile(r'("latency_ms": )\d+')
+
+
+@dataclass(slots=True)
+class PlanJournals(RunJournals):
+    """The journals of one plan's steps in flight, by the keys of their visits. Without a session or a budget no step
+    has one."""
+
+    def attempt(self, key: str, idempotency_key: str, totals: Any) -> AttemptJournal | None:
+        """The journal of the next attempt of the step's visit ``key``; ``totals`` is what has the run's ``spent``."""
+        if key not in self._open:
+            self.open(key, idempotency_key, totals)
+        found = self._open.get(key)
+        if found is None:
+            return None
+        found.attempt = AttemptJournal(found.journal)
+        return found.attempt
+
+    def counted(self, key: str) -> None:
+        """What the visit has spent is in the run's totals now."""
+        found = self._open.get(key)
+        if found is not None:
+            found.journal.spent = NOTHING
+
+    def only_of(self, unfinished: Iterable[str]) -> None:
+        """Journals that were kept of other visits than these are only to be read: totals count what they spent."""
+        if self.session is not None and self.session.config.keep_journal:
+            self.forget(set(self._left) - set(unfinished))
+
+
+class _JudgeModel(JournaledLLM):
+    """The judge's model in an attempt's journal."""
+
+    def _request(self, asked: Mapping[str, Any], way: str) -> str:
+        messages = [_without_latency(message) for message in asked["messages"]]
+        return super()._request({**asked, "messages": messages, "judges": True}, way)
+
+
+def _without_latency(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": _LATENCY.sub(r"\1", content)} if isinstance(content, str) else dict(message)
+
+
+def journaled_judge(judge: Any, attempt: AttemptJournal | None) -> Any:
+    """``judge`` as it judges one attempt: a ``HybridJudge`` asks its model through the attempt's journal.
+
+    Of another class of judge nothing is known, so it is the judge itself.
+    """
+    kind = type(judge)
+    if attempt is None or not issubclass(kind, HybridJudge) or judge.llm is None:
+        return judge
+    model = _JudgeModel(judge.llm, attempt, attempt.of.before_model)
+    # Its own state, all of it and shared, since it may judge other steps at the same time; only the model differs. A
+    # property of the class comes before what the object holds.
+    view: Any = object.__new__(type(kind.__name__, (kind,), {"llm": property(lambda self: model)}))
+    view.__dict__ = judge.__dict__
+    return view
+
+
+def with_spent(result: StepExecutionResult, attempt: AttemptJournal) -> StepExecutionResult:
+    """The result with the tokens and dollars that it reports, but at least its attempt's questions to models, each
+    counted once: with ``keep_journal_on_retry`` one may have been counted in an earlier attempt."""
+    spent = attempt.of_attempt(Spent(result.tokens_used, 0, 0, result.cost))
+    if (spent.tokens, spent.cost) == (result.tokens_used, result.cost):
+        return result
+    return replace(result, tokens_used=spent.tokens, cost=spent.cost)
+
+
+def settling(waits: Collection[Waiting]) -> str:
+    """Which calls a person has to settle before the run can go on."""
+    calls = ", ".join(repr(each.call) for each in waits)
+    whats = "; ".join(each.question or each.text for each in waits)
+    return f"Waiting for call {calls} to be settled (CheckpointManager.settle: done, redo or skip): {whats}"
+
+
+def recorded_budget(found: Restored | None) -> RunBudget | None:
+    """The budget that the run was last given."""
+    if found is None:
+        return None
+    given = [found.header.get("budget"), *(each.get("budget") for each in (*found.records, *found.later))]
+    last = next((plain for plain in reversed(given) if plain is not None), None)
+    return RunBudget.from_json(last) if last is not None else None

@@ -1,0 +1,95 @@
+"""``surefoot runs settle`` and ``send``: what became of an effect, and a value that a node waits for."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from framework.graph.checkpoint_manager import CheckpointManager
+from framework.runner.cli.app import Command
+from framework.runner.cli.exits import CommandError, Exit, not_found, usage_error
+from framework.runner.cli.settings import Settings
+from framework.runner.cli.stores import RESUMABLE, command_for, find_run, open_store
+from framework.schemas.run import RunState
+from framework.storage.records import RunRecord
+
+
+@click.command("settle", cls=Command, short_help="Say what became of a call whose effect is unknown.")
+@click.argument("run_id", metavar="RUN")
+@click.argument("call", metavar="CALL")
+@click.option("--done", metavar="JSON", help="It happened, and this is the call's value (of a tool: its text).")
+@click.option("--redo", is_flag=True, help="It did not happen, or may happen twice: make it again, with the same key.")
+@click.option("--skip", is_flag=True, help="Leave it: it is not made, and its value is null.")
+@click.pass_obj
+def settle(settings: Settings, run_id: str, call: str, done: str | None, redo: bool, skip: bool) -> int:
+    """Say what became of a CALL that was in flight when its process ended, such as shop#1/4; `runs show` names them.
+
+    The answer is stored; `surefoot resume` or `surefoot recover` goes on with it.
+    """
+    if [done is not None, redo, skip].count(True) != 1:
+        raise usage_error("Give exactly one of --done JSON, --redo and --skip.")
+    given: dict[str, Any] = {"done": _value(done, "--done")} if done is not None else {"redo": redo, "skip": skip}
+    screen = settings.screen
+    with open_store(settings) as storage:
+        record = find_run(storage, run_id, latest=RESUMABLE)
+        manager = CheckpointManager(storage)
+        calls = {each.id: each for each in manager.journal(record.run_id)}
+        if call not in calls:
+            unknown = [each.id for each in calls.values() if each.state in ("unknown", "running")]
+            listing = f"Those with an unknown effect: {', '.join(unknown)}." if unknown else "No effect is unknown."
+            raise not_found(f"Run {record.run_id!r} has no recorded call {call!r} in flight. {listing}")
+        _refuse_running(record)
+        manager.settle(record.run_id, call, **given)
+    action = next(name for name, each in given.items() if name == "done" or each)
+    _tell(settings, record.run_id, {"call": call, "action": action}, f"{call} is settled: {action}.")
+    if action == "redo":
+        screen.note(f"It is made again with the idempotency key {calls[call].key}")
+    return Exit.DONE
+
+
+@click.command("send", cls=Command, short_help="Give a run the value that a node of it waits for.")
+@click.argument("run_id", metavar="RUN")
+@click.argument("name")
+@click.argument("value", metavar="JSON")
+@click.pass_obj
+def send(settings: Settings, run_id: str, name: str, value: str) -> int:
+    """Give a run a value: NAME is that of a signal, or the id of a question, as `runs show` names it.
+
+    A signal may come before the run waits for it. The first value counts; `surefoot resume` or `surefoot recover` goes
+    on with it.
+    """
+    given = _value(value, "JSON")
+    with open_store(settings) as storage:
+        record = find_run(storage, run_id, latest=(*RESUMABLE, RunState.RUNNING))
+        CheckpointManager(storage).send(record.run_id, name, given)
+    _tell(settings, record.run_id, {"name": name}, f"{name} was sent.", running=record.state is RunState.RUNNING)
+    return Exit.DONE
+
+
+def _value(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise usage_error(
+            f"{where} is not JSON: {error.msg} at column {error.colno}. Write true, 42, '\"a text\"' or "
+            """'{"key": "value"}'."""
+        ) from None
+
+
+def _tell(settings: Settings, run_id: str, facts: dict[str, Any], text: str, *, running: bool = False) -> None:
+    screen = settings.screen
+    command = None if running else command_for(settings, "resume", run_id)
+    if screen.json:
+        screen.document({"run_id": run_id, **facts, "resume_command": command})
+        return
+    screen.say(f"Run {run_id}: {text}")
+    if command is not None:
+        screen.note("Go on with:")
+        screen.note("  ", command, wrap=False)
+
+
+def _refuse_running(record: RunRecord) -> None:
+    if record.state is RunState.RUNNING:
+        raise CommandError(f"Run {record.run_id!r} is running; settle its call once it has paused or ended.", Exit.BUSY)

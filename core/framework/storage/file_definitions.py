@@ -1,0 +1,32 @@
+"""The definitions of a ``FileStorage``: ``definitions/<fingerprint>.json``, shared by runs and kept."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from framework.errors import CorruptData
+from framework.storage.file_io import dump_checked, load_checked, show, unshow, write_atomic
+
+logger = logging.getLogger(__name__)
+
+
+def read(path: Path, fingerprint: str) -> bytes | None:
+    """The definition at a path, or ``None`` when there is none. Raises ``CorruptData``."""
+    try:
+        content = load_checked(path)
+    except FileNotFoundError:
+        return None
+    if content.get("fingerprint") != fingerprint:
+        raise CorruptData(f"{path} holds another definition: it was renamed or copied.")
+    return unshow(content["definition"])
+
+
+def keep(path: Path, fingerprint: str, definition: bytes) -> None:
+    """Write a definition to its path unless it is there; a damaged one is written again."""
+    try:
+        if read(path, fingerprint) is not None:
+            return
+    except CorruptData as error:
+        logger.warning("A damaged definition is written again: %s", error)
+    write_atomic(path, dump_checked({"fingerprint": fingerprint, "definition": show(definition)}))

@@ -1,0 +1,174 @@
+"""The program that the journal's crash tests kill: one step with many calls, ``python journal_program.py '<json>'``.
+
+The argument holds ``url`` (the store), ``port`` (the outside), ``work`` (a function below), ``die_at`` (the number of
+the request of this process at which it is killed, 0 for none), ``seed`` and ``config``. Prints the result as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import itertools
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from framework.graph.checkpoint_manager import CheckpointManager
+from framework.graph.edge import GraphSpec
+from framework.graph.executor import GraphExecutor
+from framework.graph.goal import Goal
+from framework.graph.journal import current_idempotency_key
+from framework.graph.node import LLMNode, NodeContext, NodeResult, NodeSpec
+from framework.llm.provider import LLMProvider, LLMResponse, Message, Tool, ToolResult, ToolUse
+from framework.llm.tool_loop import Turn
+from framework.runtime import Runtime
+from framework.schemas.checkpoint import CheckpointConfig
+from framework.storage.backend import open_storage
+from framework.storage.memory import MemoryStorage
+
+TURNS = 5
+TOOLS_A_TURN = 5
+LOOK = Tool("look", "Looks.", {"type": "object", "properties": {"at": {"type": "string"}}})
+BOOK = Tool("book", "Books.", {"type": "object", "properties": {"at": {"type": "string"}}}, effects=True)
+
+
+class Outside:
+    """Requests to the server; the ``die_at``-th of this process is its last."""
+
+    def __init__(self, port: int, die_at: int) -> None:
+        self._port = port
+        self._die_at = die_at
+        self._numbers = itertools.count(1)
+
+    def reach(self, what: str, body: str = "") -> int:
+        headers = {"Idempotency-Key": current_idempotency_key() or ""}
+        if next(self._numbers) == self._die_at:
+            headers["X-Die"] = str(os.getpid())
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
+        try:
+            connection.request("POST", f"/{what}", body.encode(), headers)
+            number: int = json.loads(connection.getresponse().read())["number"]
+            return number
+        finally:
+            connection.close()
+
+
+class RemoteLLM(LLMProvider):
+    """A model at the server: calls tools in its first turns and then says what it was told."""
+
+    def __init__(self, outside: Outside, tool: str) -> None:
+        self._outside = outside
+        self._tool = tool
+
+    def complete(self, *args: Any, **keywords: Any) -> LLMResponse:
+        raise NotImplementedError("the node has tools")
+
+    def complete_with_tools(self, *args: Any, **keywords: Any) -> LLMResponse:
+        raise NotImplementedError("asked turn by turn")
+
+    def turn(self, messages: Sequence[Message], system: str | None, tools: Sequence[Tool]) -> Turn:
+        turn = sum(message["role"] == "assistant" for message in messages)
+        number = self._outside.reach("llm", str(turn))
+        if turn + 1 < TURNS:
+            uses = tuple(
+                ToolUse(f"{turn}.{each}", self._tool, {"at": f"{turn}.{each}"}) for each in range(TOOLS_A_TURN)
+            )
+            return Turn(LLMResponse("", "remote", 10, 5, "tool_use"), uses)
+        told = [part["content"] for message in messages[1:] if message["role"] == "user" for part in message["content"]]
+        return Turn(LLMResponse(f"{number}: {' '.join(told)}", "remote", 10, 5, "end_turn"))
+
+
+def agent(outside: Outside, tool: str = "look") -> tuple[Any, Any]:
+    """20 tool calls and 5 questions to a model."""
+
+    def run(use: ToolUse) -> ToolResult:
+        return ToolResult(use.id, str(outside.reach(f"tool/{use.input['at']}")))
+
+    return LLMNode(run), RemoteLLM(outside, tool)
+
+
+class Calls:
+    """A node of one's own, as an async function."""
+
+    def __init__(self, body: Callable[[NodeContext], Any]) -> None:
+        self._body = body
+
+    async def execute(self, ctx: NodeContext) -> NodeResult:
+        return NodeResult(True, {"value": await self._body(ctx)})
+
+
+def concurrent(outside: Outside, seed: int) -> Calls:
+    """Rounds of concurrent calls, each time in another order, with a call of the step itself after each."""
+    order = random.Random(seed)
+
+    async def body(ctx: NodeContext) -> list[int]:
+        async def one(what: str, spins: int) -> int:
+            for _ in range(spins):
+                await asyncio.sleep(0)
+            number: int = await ctx.call("get", outside.reach, what)
+            return number
+
+        numbers = []
+        for turn in range(3):
+            whats = [f"{turn}.{each % 5}" for each in range(7)]
+            order.shuffle(whats)
+            numbers += sorted(await asyncio.gather(*(one(what, order.randrange(5)) for what in whats)))
+            numbers.append(await ctx.call("get", outside.reach, f"{turn}.then"))
+        return numbers
+
+    return Calls(body)
+
+
+def sleeping(seconds: float) -> Calls:
+    async def body(ctx: NodeContext) -> float:
+        began = time.monotonic()
+        print("sleeping", flush=True)
+        await ctx.sleep(seconds)
+        return time.monotonic() - began
+
+    return Calls(body)
+
+
+async def execute(url: str, port: int, work: str, die_at: int, seed: int, config: dict[str, Any]) -> dict[str, Any]:
+    outside = Outside(port, die_at)
+    llm: Any = None
+    node: Any
+    if work == "agent":
+        node, llm = agent(outside)
+    elif work == "booking":
+        node, llm = agent(outside, "book")
+    elif work == "concurrent":
+        node = concurrent(outside, seed)
+    else:
+        node = sleeping(seed / 1000)
+    with open_storage(url) as storage:
+        executor = GraphExecutor(
+            Runtime(MemoryStorage()),
+            llm,
+            [LOOK, BOOK],
+            None,
+            {"step": node},
+            checkpoint_manager=CheckpointManager(storage, CheckpointConfig.model_validate(config)),
+        )
+        spec = NodeSpec(id="step", tools=["look", "book"], output_keys=["value"], max_retries=1)
+        graph = GraphSpec(id="journal", goal_id="goal", entry_node="step", nodes=[spec], edges=[])
+        result = await executor.execute(graph, Goal(id="goal", name="Goal", description="Go."), {}, run_id="run")
+    return {
+        "success": result.success,
+        "error": result.error,
+        "value": result.output.get("value"),
+        "paused_at": result.paused_at,
+        "tokens": result.total_tokens,
+    }
+
+
+def main() -> None:
+    print(json.dumps(asyncio.run(execute(**json.loads(sys.argv[1])))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
