@@ -35,6 +35,7 @@ class Shop:
         self.agent = folder / name
         self.work = folder / "work"
         self.ledger = folder / "ledger.jsonl"
+        self.patience_seconds = 250 if with_keys else 50
         self.work.mkdir()
         shutil.copytree(EXAMPLES / name, self.agent, ignore=shutil.ignore_patterns("__pycache__"))
         dropped = {"COLUMNS", "FORCE_COLOR", "SUREFOOT_STORAGE", "NO_COLOR", *(() if with_keys else KEYS)}
@@ -54,7 +55,7 @@ class Shop:
             env=self.environment | environment,
             capture_output=True,
             encoding="utf-8",
-            timeout=50,
+            timeout=self.patience_seconds,
         )
         assert done.returncode == code, done.stdout + done.stderr
         return json.loads(done.stdout)
@@ -207,10 +208,17 @@ REAL_MODELS = {"ANTHROPIC_API_KEY": "claude-haiku-4-5-20251001", "OPENAI_API_KEY
 
 if with_key := [variable for variable in KEYS if os.environ.get(variable)]:
     # Only collected where a key is set: there is nothing to leave out elsewhere.
+    @pytest.mark.timeout(300)
     @pytest.mark.parametrize("variable", with_key)
-    def test_with_a_real_model_the_researcher_names_sources_that_exist(variable: str, tmp_path: Path) -> None:
-        shop = Shop("researcher", tmp_path, with_keys=True)
-        given = json.dumps(INPUTS["researcher"])
-        result = shop.surefoot("run", shop.agent, "--model", REAL_MODELS[variable], "-i", given)
-        notes = {note.stem for note in (shop.agent / "notes").glob("*.md")}
-        assert set(result["output"]["sources"]) <= notes
+    @pytest.mark.parametrize("name", INPUTS)
+    def test_with_a_real_model(name: str, variable: str, tmp_path: Path) -> None:
+        shop = Shop(name, tmp_path, with_keys=True)
+        given = json.dumps(INPUTS[name])
+        output = shop.surefoot("run", shop.agent, "--model", REAL_MODELS[variable], "-i", given)["output"]
+        if name == "researcher":
+            assert set(output["sources"]) <= {note.stem for note in (shop.agent / "notes").glob("*.md")}
+        elif name == "support_agent":
+            assert output["sent"] == "reply-A-17.txt"
+            assert "outbox/payments.log" in shop.written()
+        else:
+            assert len(output["rows"]) + len(output["unclear"]) == 12
