@@ -131,8 +131,8 @@ class StorageMachine(RuleBasedStateMachine):
         assert record.state is (RunState.CRASHED if crashed else run.state)
         run.attempts = run.attempts + 1 if crashed else 0
         run.owner, run.token, run.lease_until = "claimer", run.token + 1, self.clock.now + seconds
-        run.state, run.error, run.wake_at = RunState.RUNNING, None, None
-        assert record.token == run.token
+        run.state, run.wake_at = RunState.RUNNING, None  # the error stays until a commit with a state replaces it
+        assert (record.token, record.error) == (run.token, run.error)
 
     @rule(run_id=st.sampled_from(RUNS), stale=st.booleans())
     def renew(self, run_id: str, stale: bool) -> None:
