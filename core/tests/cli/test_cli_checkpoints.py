@@ -3,40 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 import sqlite3
-from collections.abc import Iterator
 from datetime import datetime
-from pathlib import Path
 
 import pexpect
 import pytest
 
-from tests.cli.runs_kit import CANCELLED, DONE, FAILED, PAUSED, PLAN, Command, Forks, fill
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    started = Forks()
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Command:
-    """A store with a run in each state; tests that change something make their own."""
-    folder = tmp_path_factory.mktemp("filled")
-    url = f"sqlite:///{folder}/runs.db"
-    fill(url)
-    return Command(url, folder, forks)
-
-
-@pytest.fixture
-def own(tmp_path: Path, filled: Command) -> Command:
-    """A copy of that store."""
-    for file in filled.folder.glob("runs.db*"):
-        shutil.copy(file, tmp_path)
-    return Command(f"sqlite:///{tmp_path}/runs.db", tmp_path, filled.forks)
+from tests.cli.runs_kit import CANCELLED, DONE, FAILED, PAUSED, PLAN, Command
 
 
 def test_list_shows_the_kept_checkpoints_oldest_first(filled: Command) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -24,36 +23,11 @@ from tests.cli.runs_kit import (
     PLAN,
     Command,
     Forks,
-    fill,
     go_on_with_plan,
     start_plan_with_own_type,
 )
 from tests.graph.executor_kit import GOAL, graph_of
 from tests.graph.run_view_kit import RUN_ID, executor_for, kill, start_and_wait_inside
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    started = Forks()
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Command:
-    """A store with a run in each state; tests that change something make their own."""
-    folder = tmp_path_factory.mktemp("filled")
-    url = f"sqlite:///{folder}/runs.db"
-    fill(url)
-    return Command(url, folder, forks)
-
-
-@pytest.fixture
-def own(tmp_path: Path, filled: Command) -> Command:
-    """A copy of that store."""
-    for file in filled.folder.glob("runs.db*"):
-        shutil.copy(file, tmp_path)
-    return Command(f"sqlite:///{tmp_path}/runs.db", tmp_path, filled.forks)
 
 
 @pytest.fixture

@@ -104,16 +104,12 @@ def find_run(storage: Storage, given: str, *, latest: Sequence[RunState] | None 
     exact = storage.find_run(given)
     if exact is not None:
         return standing(exact)
-    ids: list[str] = []
-    matching: list[RunRecord] = []
-    for record in all_runs(storage):
-        ids.append(record.run_id)
-        if record.run_id.startswith(given):
-            matching.append(record)
-    if len(matching) == 1:
+    # One indexed query decides; only who finds nothing pays for reading every id.
+    if len(matching := [standing(record) for record in storage.find_runs(given, limit=2)]) == 1:
         return matching[0]
     if matching:
-        raise _ambiguous(given, matching)
+        raise _ambiguous(given, [record for record in all_runs(storage) if record.run_id.startswith(given)])
+    ids = [record.run_id for record in all_runs(storage)]
     close = difflib.get_close_matches(given, [*ids, LATEST], n=3, cutoff=0.6)
     meant = f" Did you mean {' or '.join(close)}?" if close else " `surefoot runs list` shows those it has."
     raise not_found(f"{RunNotFound(given)}{meant}")
