@@ -2,10 +2,12 @@
 #
 #   PYTHON=python3.13 VENV=.venv-3.13   another Python, in an environment of its own
 #   PYTEST_ARGS="-k codec -n 0"         passed to pytest; -n 0 runs the tests in one process
+#   BENCH_ARGS="--only langgraph"       passed to the benchmark; --help lists what there is
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 # Absolute, since some steps run in core/; quoted where it is used, since the path may hold spaces.
 BIN := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
@@ -45,6 +47,10 @@ demo: $(READY) ## an agent killed in the middle of its work, and resumed
 bench-quick: $(READY) ## what a durable step costs here, beside raw SQLite
 	@"$(BIN)/python" benchmarks/steps.py
 
+.PHONY: bench
+bench: $(READY) ## every workload for us, the raw stores and the peers; tables and plots into docs/benchmarks
+	@"$(BIN)/python" benchmarks/compare.py $(BENCH_ARGS)
+
 .PHONY: lint
 lint: $(READY) ## ruff, mypy --strict, import-linter and the file-size check
 	@echo "==> ruff check"
@@ -71,6 +77,12 @@ lock: $(READY) ## resolve the dependencies anew into core/requirements-dev.lock
 	@cd core && "$(BIN)/uv" pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
 		--generate-hashes --no-emit-index-url --no-emit-find-links --no-emit-package surefoot \
 		--custom-compile-command "make lock" --quiet --output-file requirements-dev.lock
+	@cd benchmarks/peers && for name in *.in; do \
+		echo "==> resolving benchmarks/peers/$${name%.in}.lock"; \
+		"$(BIN)/uv" pip compile "$$name" --universal --python-version 3.11 --upgrade --generate-hashes \
+			--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --quiet \
+			--output-file "$${name%.in}.lock" || exit 1; \
+	done
 
 .PHONY: clean
 clean: ## remove .venv, caches and builds

@@ -1,0 +1,93 @@
+"""The programs of ``make bench`` for this project and the floors, and its tables."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield
+    for name in ("compare", "environments", "participants", "report"):
+        sys.modules.pop(name, None)
+
+
+def run(program: str, workload: str, folder: Path, *more: str) -> dict[str, Any]:
+    command = [sys.executable, str(BENCHMARKS / "peers" / program), workload, "--folder", str(folder), *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
+    assert done.returncode == 0, done.stderr
+    line: dict[str, Any] = json.loads(done.stdout)
+    return line
+
+
+@pytest.mark.parametrize("program", ["raw_program.py", "surefoot_program.py"])
+@pytest.mark.parametrize("workload", ["small", "conversation", "call"])
+def test_a_program_measures_its_steps(program: str, workload: str, tmp_path: Path) -> None:
+    measured = run(program, workload, tmp_path, "--steps", "6")
+    assert measured["units"] == 6
+    assert measured["seconds"] > 0
+    # A journal goes with its step, a replaced value need not stay; what else is stored is at least one message.
+    assert measured["stored"] > 1024
+
+
+@pytest.mark.parametrize("program", ["raw_program.py", "surefoot_program.py"])
+def test_runs_at_once_are_all_counted(program: str, tmp_path: Path) -> None:
+    assert run(program, "concurrent", tmp_path, "--steps", "3", "--runs", "4")["units"] == 12
+
+
+@pytest.mark.parametrize("program", ["raw_program.py", "surefoot_program.py"])
+def test_resume_goes_on_where_the_first_process_died(program: str, tmp_path: Path) -> None:
+    run(program, "prepare", tmp_path, "--steps", "5")
+    assert run(program, "resume", tmp_path, "--steps", "5")["seconds"] > 0
+
+
+def test_a_resume_at_the_wrong_place_is_no_figure(tmp_path: Path) -> None:
+    run("surefoot_program.py", "prepare", tmp_path, "--steps", "5")
+    command = [sys.executable, str(BENCHMARKS / "peers" / "surefoot_program.py"), "resume", "--folder", str(tmp_path)]
+    done = subprocess.run([*command, "--steps", "4"], capture_output=True, text=True, check=False, timeout=50)
+    assert done.returncode != 0
+    assert not done.stdout
+
+
+def test_without_a_store_nothing_is_written(tmp_path: Path) -> None:
+    assert run("surefoot_program.py", "small", tmp_path, "--steps", "4", "--option", "no-store")["stored"] == 0
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.usefixtures("on_path")
+def test_the_tables_say_what_was_measured_and_what_was_not() -> None:
+    compare, report = importlib.import_module("compare"), importlib.import_module("report")
+    session = compare.Session({"date": "today"}, left_out=["burr sqlite, 3200 messages: its bytes grow"])
+    for steps, stored in ((50, 51_200), (200, 204_800), (800, 819_200)):
+        session.samples.append(compare.Sample("surefoot", "conversation", steps, 1, 1.0, steps, stored, 0))
+    for name, seconds in (("surefoot", 0.4), ("raw SQLite", 0.2)):
+        session.samples.append(compare.Sample(name, "small", 200, 1, seconds, 200, 300_000, 0))
+    page = report.tables(session)
+    assert report.exponent(session, "surefoot") == pytest.approx(1.0)
+    small = next(line for line in page.splitlines() if line.startswith("| surefoot ") and "2.000" in line)
+    assert small.split("|")[3].strip() == "2.00"
+    assert "burr sqlite, 3200 messages: its bytes grow" in page
+    missed = next(line for line in page.splitlines() if line.startswith("| durable step"))
+    assert "**no**" in missed
+    unknown = next(line for line in page.splitlines() if line.startswith("| resume at 800"))
+    assert unknown.split("|")[4].strip() == "–"
+
+
+@pytest.mark.usefixtures("on_path")
+def test_every_participant_has_its_program_and_lock_file() -> None:
+    participants = importlib.import_module("participants")
+    for who in participants.PARTICIPANTS:
+        assert (BENCHMARKS / "peers" / who.program).exists()
+        assert who.environment == "surefoot" or (BENCHMARKS / "peers" / f"{who.environment}.lock").exists()
+    assert len({who.name for who in participants.PARTICIPANTS}) == len(participants.PARTICIPANTS)
