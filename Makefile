@@ -51,6 +51,10 @@ bench-quick: $(READY) ## what a durable step costs here, beside raw SQLite
 bench: $(READY) ## every workload for us, the raw stores and the peers; tables and plots into docs/benchmarks
 	@"$(BIN)/python" benchmarks/compare.py $(BENCH_ARGS)
 
+.PHONY: bench-scale
+bench-scale: $(READY) ## 100,000 runs and 5 million checkpoints in one SQLite file (about 10 GB of disk for a while)
+	@"$(BIN)/python" benchmarks/scale.py $(BENCH_ARGS)
+
 .PHONY: lint
 lint: $(READY) ## ruff, mypy --strict, import-linter and the file-size check
 	@echo "==> ruff check"
