@@ -39,6 +39,11 @@ test-slow: $(READY) ## the slow tests: random kills and long property tests
 	@echo "==> pytest, slow tests"
 	@cd core && "$(BIN)/python" -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
 
+.PHONY: test-faults
+test-faults: $(READY) ## the fault suite, 10,000 kills and more; FAULTS_KILLS=500 for less, SEED=... repeats one
+	@echo "==> fault suite"
+	@cd core && "$(BIN)/python" -m tests.faults.suite
+
 .PHONY: demo
 demo: $(READY) ## an agent killed in the middle of its work, and resumed
 	@"$(BIN)/python" examples/research_agent/demo.py

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import io
+import math
 import os
+import queue
 import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,8 @@ from framework.graph.executor import GraphExecutor
 from framework.graph.goal import Goal
 from framework.graph.node import NodeContext, NodeResult, NodeSpec
 from framework.schemas.checkpoint import CheckpointConfig
+from framework.storage.memory import MemoryStorage
+from framework.storage.records import Commit, NewRun, Write
 from framework.storage.sqlite import SQLiteStorage
 
 GOAL = Goal(id="bench", name="bench", description="measure")
@@ -86,10 +93,12 @@ def loop_graph(until: int, append_only: list[str], max_steps: int | None = None)
     )
 
 
-def run_ours(path: Path | None, steps: int, node: SmallState, append_only: list[str]) -> tuple[float, int]:
+def run_ours(
+    path: Path | None, steps: int, node: SmallState, append_only: list[str], config: CheckpointConfig | None = None
+) -> tuple[float, int]:
     """Seconds per step and bytes stored; ``path`` ``None`` runs without a manager."""
     store = None if path is None else SQLiteStorage(path)
-    manager = None if store is None else CheckpointManager(store, CheckpointConfig())
+    manager = None if store is None else CheckpointManager(store, config or CheckpointConfig())
     executor = GraphExecutor(QuietRuntime(), node_registry={"work": node}, checkpoint_manager=manager)
     graph = loop_graph(steps, append_only)
     began = time.perf_counter()
@@ -143,6 +152,163 @@ def run_raw(path: Path, steps: int) -> tuple[float, int]:
     return seconds / steps, stored_bytes(path)
 
 
+def run_commit(path: Path, steps: int) -> tuple[float, int]:
+    """Seconds per call of ``SQLiteStorage.commit`` and bytes stored: what a small step commits, and nothing else."""
+    given: list[Commit] = []
+
+    class Noting(MemoryStorage):
+        def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
+            given.extend(one for one in commits if isinstance(one, Commit))
+            return super().commit(commits)
+
+    with Noting() as noting:
+        executor = GraphExecutor(
+            QuietRuntime(), node_registry={"work": SmallState()}, checkpoint_manager=CheckpointManager(noting)
+        )
+        asyncio.run(executor.execute(loop_graph(steps, []), GOAL, {}, run_id="bench"))
+    with SQLiteStorage(path) as store:
+        store.open_run(NewRun("bench", "graph", "bench", "bench", b"{}", b"{}"), "bench", 3600)
+        began = time.perf_counter()
+        for one in given:
+            refused = store.commit([one])[0]
+            if refused is not None:
+                raise SystemExit(f"the benchmark's commit was refused: {refused}")
+        seconds = time.perf_counter() - began
+    return seconds / steps, stored_bytes(path)
+
+
+class Unread(SmallState):
+    """The first step leaves a value of 5 MB that no step reads; each replaces one of 1 KB."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    async def execute(self, ctx: NodeContext) -> NodeResult:
+        result = await super().execute(ctx)
+        if result.output["n"] == 1:
+            result.output["value"] = self._value()
+        return result
+
+
+def run_unchanged(path: Path, steps: int, value: Any) -> tuple[float, int]:
+    """Seconds per step and bytes stored of a run with a value of 5 MB.
+
+    Not timed are the step that writes it, the next one, which is handed it as its input, and the two commits after
+    which it is certain that nobody holds it.
+    """
+    reached: list[float] = []
+
+    class Timed(Unread):
+        async def execute(self, ctx: NodeContext) -> NodeResult:
+            reached.append(time.perf_counter())
+            return await super().execute(ctx)
+
+    run_ours(path, steps, Timed(value), [])
+    late = reached[5:]
+    return (late[-1] - late[0]) / (len(late) - 1), stored_bytes(path)
+
+
+def large_text() -> str:
+    return os.urandom(2_500_000).hex()
+
+
+def large_list() -> list[dict[str, Any]]:
+    return [{"id": number, "text": os.urandom(500).hex()} for number in range(5_000)]
+
+
+def run_many(path: Path, runs: int, steps: int) -> tuple[float, int]:
+    """Seconds per step, over all, of ``runs`` concurrent runs of one executor, and bytes stored."""
+
+    async def all_of_them(executor: GraphExecutor) -> float:
+        graph = loop_graph(steps, [])
+        began = time.perf_counter()
+        results = await asyncio.gather(
+            *(executor.execute(graph, GOAL, {}, run_id=f"bench-{number}") for number in range(runs))
+        )
+        seconds = time.perf_counter() - began
+        if not all(result.success for result in results):
+            raise SystemExit("the benchmark runs failed")
+        return seconds
+
+    with SQLiteStorage(path) as store:
+        manager = CheckpointManager(store)
+        seconds = asyncio.run(
+            all_of_them(GraphExecutor(QuietRuntime(), node_registry={"work": SmallState()}, checkpoint_manager=manager))
+        )
+    return seconds / runs / steps, stored_bytes(path)
+
+
+def run_many_raw(path: Path, tasks: int, rows: int) -> tuple[float, int]:
+    """The same of bare rows: tasks hand each row to a thread, which commits all that wait in one transaction."""
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("CREATE TABLE rows (id INTEGER PRIMARY KEY, body BLOB)")
+    body = os.urandom(512).hex()
+    waiting: queue.SimpleQueue[asyncio.Future[None] | None] = queue.SimpleQueue()
+
+    def finish(futures: list[asyncio.Future[None]]) -> None:
+        for future in futures:
+            future.set_result(None)
+
+    def work(loop: asyncio.AbstractEventLoop) -> None:
+        while True:
+            first = waiting.get()
+            if first is None:
+                return
+            group = [first]
+            while not waiting.empty() and (one := waiting.get()) is not None:
+                group.append(one)
+            connection.execute("BEGIN IMMEDIATE")
+            connection.executemany("INSERT INTO rows (body) VALUES (?)", [(body,)] * len(group))
+            connection.execute("COMMIT")
+            loop.call_soon_threadsafe(finish, group)
+
+    async def one_of_them(loop: asyncio.AbstractEventLoop) -> None:
+        for _ in range(rows):
+            future: asyncio.Future[None] = loop.create_future()
+            waiting.put(future)
+            await future
+
+    async def all_of_them() -> float:
+        loop = asyncio.get_running_loop()
+        thread = threading.Thread(target=work, args=(loop,))
+        thread.start()
+        began = time.perf_counter()
+        await asyncio.gather(*(one_of_them(loop) for _ in range(tasks)))
+        seconds = time.perf_counter() - began
+        waiting.put(None)
+        thread.join()
+        return seconds
+
+    seconds = asyncio.run(all_of_them())
+    connection.close()
+    return seconds / tasks / rows, stored_bytes(path)
+
+
+def print_growth(folder: Path) -> None:
+    """The bytes of stores that hold conversations of several lengths, and the exponent of their growth."""
+    lengths = (50, 200, 800, 3200)
+    empty = folder / "empty.db"
+    SQLiteStorage(empty).close()
+    print(f"\nbytes stored per byte of messages of 1 KB (an empty store takes {stored_bytes(empty)})\n")
+    print(f"{'retention':<30}" + "".join(f"{length:>9}" for length in lengths) + f"{'exponent':>10}")
+    strategies: dict[str, dict[str, Any]] = {
+        "latest_only": {"retention_strategy": "latest_only"},
+        "prune_old, 100 checkpoints": {"retention_strategy": "prune_old", "max_checkpoints_per_run": 100},
+        "all": {"retention_strategy": "all"},
+    }
+    for name, fields in strategies.items():
+        sizes = []
+        for length in lengths:
+            path = folder / f"{length}-{len(fields)}-{name}.db"
+            run_ours(path, length, Conversation(), ["messages"], CheckpointConfig.model_validate(fields))
+            sizes.append(stored_bytes(path))
+        exponent = math.log(sizes[-1] / sizes[0]) / math.log(lengths[-1] / lengths[0])
+        ratios = "".join(f"{size / length / 1024:>9.2f}" for size, length in zip(sizes, lengths, strict=True))
+        print(f"{name:<30}{ratios}{exponent:>10.2f}")
+
+
 def run_resume(path: Path, steps: int) -> tuple[float, int]:
     """Seconds from opening the store to the next step's body, of a conversation of ``steps`` messages."""
     reached: list[float] = []
@@ -193,14 +359,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=400, help="steps of each run")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats")
+    parser.add_argument("--growth", action="store_true", help="also the bytes of conversations of 50 to 3200 messages")
     parser.add_argument("--folder", type=Path, default=None, help="where the stores go (default: a temporary folder)")
     given = parser.parse_args()
     steps: int = given.steps
+    counts = {"5 MB text unchanged": 50, "5 MB list of dicts unchanged": 50, "50 concurrent: raw, grouped": 5000}
+    counts["50 concurrent runs"] = 2000
     work: dict[str, Callable[[Path], tuple[float, int]]] = {
         "raw SQLite commit": lambda path: run_raw(path, steps),
         "durable step, 1 KB replaced": lambda path: run_ours(path, steps, SmallState(), []),
+        "  its commit alone": lambda path: run_commit(path, steps),
         "durable step, 1 KB appended": lambda path: run_ours(path, steps, Conversation(), []),
         "  with the key append-only": lambda path: run_ours(path, steps, Conversation(), ["messages"]),
+        "5 MB text unchanged": lambda path: run_unchanged(path, 50, large_text),
+        "5 MB list of dicts unchanged": lambda path: run_unchanged(path, 50, large_list),
+        "50 concurrent: raw, grouped": lambda path: run_many_raw(path, 50, 100),
+        "50 concurrent runs": lambda path: run_many(path, 50, 40),
         "a journaled call": lambda path: run_calls(path, steps),
         "step without a manager": lambda path: run_ours(None, steps, SmallState(), []),
     }
@@ -216,16 +390,21 @@ def main() -> None:
                 times[name].append(seconds)
             resumes.append(run_resume(Path(folder) / f"{repeat}-resume.db", 800)[0])
             imports.append(run_import()[0])
+        growth = io.StringIO()
+        if given.growth:
+            with contextlib.redirect_stdout(growth):
+                print_growth(Path(folder))
     print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
     raw = statistics.median(times["raw SQLite commit"])
     print(f"{steps} steps, median of {given.repeats}; SQLite {sqlite3.sqlite_version}, WAL, synchronous=FULL\n")
     print(f"{'':<30}{'ms/step':>9}{'x raw':>8}{'bytes/step':>12}")
     for name, measured in times.items():
         seconds = statistics.median(measured)
-        print(f"{name:<30}{seconds * 1e3:>9.3f}{seconds / raw:>8.2f}{sizes[name] / steps:>12.0f}")
+        print(f"{name:<30}{seconds * 1e3:>9.3f}{seconds / raw:>8.2f}{sizes[name] / counts.get(name, steps):>12.0f}")
     print(
         f"\nresume at 800 messages: {statistics.median(resumes) * 1e3:.1f} ms from opening the store to the next step"
     )
+    print(growth.getvalue(), end="")
     print(f"import framework: {statistics.median(imports) * 1e3:.0f} ms over an empty program")
 
 

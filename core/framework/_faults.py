@@ -19,6 +19,13 @@ POINTS = (
     "retention",  # old checkpoints are being removed
 )
 
+SWEEP_POINTS = (
+    "sweep.inside",  # a run is being taken out of sight, the transaction is not durable yet
+    "sweep.retired",  # a run is gone, what it held is not removed yet
+    "sweep.purge",  # some of what it held has been removed
+)
+"""Points of what keeps a store small, which no run reaches by itself."""
+
 _hook: Callable[[str], None] | None = None
 
 
@@ -26,6 +33,11 @@ def install(hook: Callable[[str], None] | None) -> None:
     """Set the function called with each point's name, or remove it with ``None``."""
     global _hook
     _hook = hook
+
+
+def installed() -> bool:
+    """Whether there is a hook, for code that would otherwise not stop at its points."""
+    return _hook is not None
 
 
 def reach(point: str) -> None:

@@ -7,6 +7,8 @@
     │   ├── CorruptData           bytes read back do not match their checksum, or cannot be decoded
     │   ├── CommitConflict        a commit's sequence is not the run's next
     │   ├── StoreTooNew           the store was written by a newer version of this library
+    │   ├── KeyNotFound           content is encrypted with a key that is not given here; has .key_id
+    │   ├── NotEncrypted          a store that is not encrypted was opened with keys
     │   ├── ValueTooLarge         one value has more bytes than a store takes; has .size, .limit (also a ValueError)
     │   └── InvalidId             an id or key that no store accepts (also a ValueError)
     ├── CodecError                a value or its bytes cannot be translated
@@ -20,10 +22,13 @@
     │   ├── DefinitionChanged     the graph or plan differs from the one the run started with
     │   ├── ResumeError           the run cannot be resumed from what is stored
     │   ├── CheckpointNotFound    the run keeps no such checkpoint
+    │   ├── RunPinned             the run, or a checkpoint of it, is pinned, so it is not removed
     │   ├── MessageRefused        a message was left under this name before, or the run is completed
     │   ├── UnknownEffect         a call that may have had its effect before a crash; has .call
     │   ├── BudgetExceeded        the run's tokens or money are used up; resumable with a larger budget
+    │   │   └── CostUnknown       a reply has no price, so the run's max_cost cannot be kept
     │   └── ApprovalError         an approval's answer was refused: no such request, answered, or asked anew
+    ├── CallFailed                what a call inside a step raised before a crash, raised again; has .type
     ├── BranchConflict            two concurrent branches wrote the same key
     ├── LLMError                  a language model's provider gave no usable reply; has .transient, .retry_after
     │   ├── LLMRateLimited        too many requests (429, 529): transient
@@ -61,6 +66,21 @@ class CommitConflict(StorageError):
 
 class StoreTooNew(StorageError):
     """The store was written by a newer version of this library."""
+
+
+class KeyNotFound(StorageError):
+    """Content is encrypted with a key that this program was not given. Nothing is damaged, and nothing was skipped.
+
+    ``key_id`` is the id of the key that is needed, ``None`` when no keys were given at all.
+    """
+
+    def __init__(self, key_id: str | None, message: str) -> None:
+        super().__init__(message)
+        self.key_id = key_id
+
+
+class NotEncrypted(StorageError):
+    """A store whose content is not encrypted was opened with keys. Nothing was read or written."""
 
 
 class ValueTooLarge(StorageError, ValueError):
@@ -161,6 +181,16 @@ class ResumeError(RunError):
     """The run cannot be resumed from what is stored; the message says why."""
 
 
+class RunPinned(RunError):
+    """The run, or one of its checkpoints, is pinned, so what would remove it was refused; nothing was removed."""
+
+    def __init__(self, run_id: str, sequence: int = 0, note: str = "") -> None:
+        what = f"Checkpoint {sequence} of run {run_id!r}" if sequence else f"Run {run_id!r}"
+        why = f" ({note})" if note else ""
+        super().__init__(run_id, f"{what} is pinned{why}; nothing was removed. Unpin it first, or remove it by force.")
+        self.sequence = sequence
+
+
 class CheckpointNotFound(RunError):
     """The run keeps no such checkpoint. ``checkpoint`` is what was asked for; the message says which are kept."""
 
@@ -218,12 +248,42 @@ class BudgetExceeded(RunError):
         )
 
 
+class CostUnknown(BudgetExceeded):
+    """A model's reply has no price, so the run's ``max_cost`` cannot be kept; nothing more is asked of a model."""
+
+    def __init__(self, run_id: str, model: str, max_cost: float) -> None:
+        RunError.__init__(
+            self,
+            run_id,
+            f"The budget of run {run_id!r} cannot be kept: what model {model!r} costs is not known, and "
+            f"max_cost=${max_cost:.6g} is set. Register its price (framework.llm.prices.register_price), or resume "
+            "with a budget of max_tokens only. Finished steps and questions to models are kept.",
+        )
+
+
 class ApprovalError(RunError):
     """The answer to an approval request was refused and changed nothing. ``step_id`` names the plan's step."""
 
     def __init__(self, run_id: str, step_id: str, problem: str) -> None:
         super().__init__(run_id, f"Step {step_id!r} of run {run_id!r}: {problem}")
         self.step_id = step_id
+
+
+class CallFailed(SurefootError):
+    """What a call inside a step raised before a crash, raised again from the step's journal.
+
+    ``type`` names the class it was of, ``"<module>.<name>"``, and ``text`` is what it said. Where the program has
+    imported that class, what is raised is of it as well, so ``except ThatClass`` works; its attributes are those that
+    could be stored. Exceptions of Python and of this library are raised as they were, not as this.
+    """
+
+    def __init__(self, type: str, text: str) -> None:
+        super().__init__(text)
+        self.type = type
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class BranchConflict(SurefootError):
@@ -282,6 +342,10 @@ class LLMRefused(LLMError):
 
 class ToolError(SurefootError, ValueError):
     """A tool, a module of tools or the settings of an MCP server cannot be used as written; says where and why."""
+
+
+class ToolOutcomeUnknown(ToolError):
+    """A tool's call gave no answer in time, or its connection was lost on the way: it may have taken effect."""
 
 
 class AgentFileError(SurefootError, ValueError):

@@ -26,10 +26,12 @@ from collections.abc import Callable
 from framework import _faults
 from framework.storage import (
     contract_commits,
+    contract_contents,
     contract_forks,
     contract_journal,
     contract_messages,
     contract_models,
+    contract_retention,
     contract_runs,
 )
 from framework.storage.contract import Check, Factory, ManualClock, StorageUnderTest
@@ -47,7 +49,7 @@ __all__ = [
     "storage_checks",
 ]
 
-FAULT_POINTS = _faults.POINTS
+FAULT_POINTS = (*_faults.POINTS, *_faults.SWEEP_POINTS)
 """The points at which a test may end the process; what each means is said in ``framework._faults``."""
 
 FAULT_VARIABLE = "SUREFOOT_FAULT"
@@ -58,7 +60,10 @@ FAULT_VARIABLE = "SUREFOOT_FAULT"
 
 def storage_checks() -> list[Check]:
     """The requirements on a storage backend, each a function that raises ``AssertionError`` when it is not met."""
-    parts = (contract_runs, contract_commits, contract_journal, contract_messages, contract_forks, contract_models)
+    parts = (
+        *(contract_runs, contract_commits, contract_journal, contract_messages, contract_forks, contract_models),
+        *(contract_contents, contract_retention),
+    )
     return [check for part in parts for check in part.CHECKS]
 
 

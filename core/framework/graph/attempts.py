@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from framework._secrets import mask
-from framework.errors import UnknownEffect
+from framework.errors import BudgetExceeded, UnknownEffect
 from framework.graph.memory import SharedMemory
 from framework.graph.node_base import NodeContext, NodeResult, NodeSpec, is_infrastructure_error
 from framework.graph.node_errors import failed_result
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Of all runs in this process, so that a resumed run too waits for what an earlier attempt left running.
 _threads = StepThreads()
+_RESULT = tuple((each.name, each.default) for each in fields(NodeResult))
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +182,9 @@ async def _journaled(
             raise
         await journal.over()
         raise
+    except BudgetExceeded as error:
+        await journal.stop(error)  # what is in flight is paid for
+        raise
     except BaseException:
         journal.close()
         raise
@@ -219,7 +223,7 @@ def _checked(spec: NodeSpec, returned: Any) -> NodeResult:
         problem = f"returned {type(returned).__name__}, not a NodeResult with a dict as its output"
     else:
         # A class of the node's own may lack what has a default.
-        values: dict[str, Any] = {each.name: getattr(returned, each.name, each.default) for each in fields(NodeResult)}
+        values: dict[str, Any] = {name: getattr(returned, name, default) for name, default in _RESULT}
         values["error"] = mask(str(values["error"])) if values["error"] else values["error"]
         try:
             values["tokens_used"] = int(values["tokens_used"] or 0)

@@ -1,20 +1,28 @@
-"""``RunBudget``: how many tokens and how much money a run may take, over all the processes that work on it."""
+"""``RunBudget``: how many tokens and how much money a run may take, over all the processes that work on it; and
+``BudgetGate``, which lets its questions to models out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import asyncio
+import threading
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
-from framework.errors import BudgetExceeded
+from framework.errors import BudgetExceeded, CostUnknown
+from framework.graph.spending import NOTHING, Spent
 
 
 @dataclass(frozen=True, slots=True)
 class RunBudget:
-    """Limits of one run; ``None`` is no limit. ``max_cost`` is in US dollars, as far as prices are known.
+    """Limits of one run; ``None`` is no limit. ``max_cost`` is in US dollars; it cannot be kept where a model's price
+    is not known, so after the first reply without a price the next question raises ``CostUnknown``.
 
-    Looked at before each step and before each question to a model, so the question in flight may go over it. What
-    counts is the run's totals and the journaled questions of steps that are not finished. Raises ``ValueError`` for a
+    Looked at before each step and before each question to a model. What counts is the run's totals, the journaled
+    questions of steps that are not finished, and for those in flight an estimate: a question goes out beside others
+    only if all of them fit, else it waits for them. One that goes out alone may take more than is left, so the run goes
+    over its limits by one question at most, as far as estimates hold (see ``BudgetGate``). Raises ``ValueError`` for a
     limit below zero.
     """
 
@@ -28,13 +36,24 @@ class RunBudget:
 
     def check(self, run_id: str, tokens: int, cost: float) -> None:
         """Raise ``BudgetExceeded`` when as much as this has been used up."""
+        problem = self.problem(tokens, cost)
+        if problem is not None:
+            raise BudgetExceeded(run_id, problem)
+
+    def problem(self, tokens: int, cost: float) -> str | None:
+        """What of the budget is used up by this, ``None`` while something is left."""
         spent: list[str] = []
         if self.max_tokens is not None and tokens >= self.max_tokens:
             spent.append(f"{tokens:,} of max_tokens={self.max_tokens:,} tokens are used up")
         if self.max_cost is not None and cost >= self.max_cost:
             spent.append(f"${cost:.6g} of max_cost=${self.max_cost:.6g} are used up")
-        if spent:
-            raise BudgetExceeded(run_id, " and ".join(spent))
+        return " and ".join(spent) or None
+
+    def holds(self, tokens: int, cost: float) -> bool:
+        """Whether as much as this is within the limits."""
+        return (self.max_tokens is None or tokens <= self.max_tokens) and (
+            self.max_cost is None or cost <= self.max_cost
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, for the run's record."""
@@ -45,3 +64,140 @@ class RunBudget:
     def from_json(cls, plain: Mapping[str, Any]) -> RunBudget:
         """What ``to_json`` wrote."""
         return cls(plain.get("max_tokens"), plain.get("max_cost"))
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a question may take before its reply is there; ``None`` where nothing tells."""
+
+    tokens: int | None = None
+    cost: float | None = None
+
+
+class Room(Future[None]):
+    """Done when a question to a model that waits for room in the budget may look again.
+
+    Blocking code in an event loop's thread cannot wait for it, as what it waits for may need that loop: there
+    ``result`` raises ``BudgetExceeded``.
+    """
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__()
+        self._run_id = run_id
+
+    def result(self, timeout: float | None = None) -> None:
+        """As of any future."""
+        if not self.done() and _in_an_event_loop():
+            raise BudgetExceeded(
+                self._run_id,
+                "what is left may be taken by the questions in flight, and blocking code in an event loop cannot wait "
+                "for them (ask with `await ctx.llm.acomplete(...)`)",
+            )
+        super().result(timeout)
+
+
+@dataclass(slots=True)
+class BudgetGate:
+    """Lets the questions of one run to models out, from any task and thread of it.
+
+    ``totals`` are what the run has spent without those in flight. An estimate is the question's length and its
+    ``max_tokens``, which the model keeps, or without that the most that any question took so far; the first goes alone.
+    Nothing is refused while questions are in flight, so that what they come to is recorded. A question inside
+    another one (by a tool of a provider that does not give one turn at a time) belongs to that one and never waits.
+    """
+
+    run_id: str
+    budget: RunBudget
+    totals: Callable[[], Spent]
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _out: dict[object, Estimate] = field(default_factory=dict)
+    _waiting: list[Room] = field(default_factory=list)
+    _most: Spent | None = None
+    _dearest: float | None = None
+    _unpriced: str | None = None
+
+    def enter(
+        self, characters: int, max_tokens: int | None, inside: bool
+    ) -> Generator[Future[None], None, Callable[[], None]]:
+        """Wait until a question may go out; what is returned has to be called once it is over and counted.
+
+        ``characters`` is its length, ``max_tokens`` the most that its reply may have, when that is known; ``inside``
+        says that it is made inside another one. Yields futures to be waited for. Raises ``BudgetExceeded``,
+        ``CostUnknown``.
+        """
+        while True:
+            with self._lock:
+                estimate = self._estimate(characters, max_tokens)
+                if self._may_go(estimate, inside):
+                    place = object()
+                    if not inside:
+                        self._out[place] = estimate
+                    return lambda: self._leave(place)
+                room = Room(self.run_id)
+                self._waiting.append(room)
+            try:
+                yield room
+            finally:
+                with self._lock:
+                    if room in self._waiting:
+                        self._waiting.remove(room)
+
+    def _estimate(self, characters: int, max_tokens: int | None) -> Estimate:
+        if max_tokens is not None:
+            tokens = characters // _CHARACTERS_PER_TOKEN + max_tokens
+            return Estimate(tokens, self._dearest * tokens if self._dearest is not None else None)
+        return Estimate(self._most.tokens, self._most.cost) if self._most is not None else Estimate()
+
+    def _may_go(self, estimate: Estimate, inside: bool) -> bool:
+        spent = self.totals()
+        alone = not self._out
+        problem = self.budget.problem(spent.tokens, spent.cost)
+        if alone or inside:
+            if problem is not None:
+                raise BudgetExceeded(self.run_id, problem)
+            if self._unpriced is not None and self.budget.max_cost is not None:
+                raise CostUnknown(self.run_id, self._unpriced, self.budget.max_cost)
+            return True
+        if problem is not None:
+            return False
+        all_of_them = [*self._out.values(), estimate]
+        tokens = [each.tokens for each in all_of_them]
+        costs = [each.cost for each in all_of_them]
+        if (self.budget.max_tokens is not None and None in tokens) or (
+            self.budget.max_cost is not None and None in costs
+        ):
+            return False
+        return self.budget.holds(
+            spent.tokens + sum(each or 0 for each in tokens), spent.cost + sum(each or 0.0 for each in costs)
+        )
+
+    def _leave(self, place: object) -> None:
+        with self._lock:
+            self._out.pop(place, None)
+            waiting, self._waiting = self._waiting, []
+        for room in waiting:
+            if room.set_running_or_notify_cancel():
+                room.set_result(None)
+
+    def saw(self, taken: Spent, unpriced: str | None) -> None:
+        """A reply came and took this; ``unpriced`` is its model when its price is not known."""
+        with self._lock:
+            most = self._most or NOTHING
+            self._most = Spent(max(most.tokens, taken.tokens), 0, 0, max(most.cost, taken.cost))
+            if taken.tokens:
+                # Output costs more than input: what a question takes at most, at the dearest rate seen.
+                self._dearest = max(self._dearest or 0.0, taken.cost / taken.tokens)
+            if unpriced is not None:
+                self._unpriced = unpriced
+
+
+_CHARACTERS_PER_TOKEN = 3
+"""Fewer than any usual text has, so that estimates are rather too high."""
+
+
+def _in_an_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

@@ -26,6 +26,7 @@ from framework.errors import (
     StorageError,
     SurefootError,
 )
+from framework.graph import run_messages
 from framework.graph.run_messages import CANCELLED_ON_REQUEST, cancel_name
 from framework.schemas.run import RunState, RunStatus
 from framework.storage import codec
@@ -35,12 +36,8 @@ from framework.storage.records import NO_TOKEN, Commit, RunRecord
 
 logger = logging.getLogger(__name__)
 
-LET_GO = "surefoot: let the run go"
-"""Say this when the process is to end and not the run: ``task.cancel(LET_GO)`` on a task that executes one.
-
-The executor finishes the commit under way, releases the lease and records no end, then raises ``CancelledError`` as for
-any cancellation. The run stands as after a crash, without anything to wait for: the next process that looks for crashed
-runs takes it up at once. Without checkpoints there is nothing to take up, and the run's record ends as cancelled."""
+LET_GO = run_messages.LET_GO
+"""What a task that executes a run is cancelled with when the process is to end and not the run; see there."""
 
 LEFT = "let_go"
 """The kind of the log record that says so: that a process ended in good order, and left the run to the next one."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from framework.errors import SurefootError
 from framework.graph.cancelling import cancel_run
@@ -25,6 +26,12 @@ from framework.schemas.checkpoint import (
     ExecutorType,
 )
 from framework.storage.backend import Storage
+from framework.storage.records import RunRecord
+
+if TYPE_CHECKING:
+    from framework.graph.recovery import Recovered
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -161,15 +168,17 @@ class CheckpointManager:
         """
         return cancel_run(self.storage, run_id, self.config.lease_seconds)
 
-    def send(self, run_id: str, name: str, value: Any) -> None:
+    def send(self, run_id: str, name: str, value: Any, *, occurrence: int | None = None) -> None:
         """Give a run the value that a node of it waits for; durable on return. The run is resumed by its next call.
 
-        ``name`` is that of ``ctx.wait_for(name)``, before or while it waits, or the id of a question of ``ctx.ask``
-        (see ``journal``). The first value counts. Raises ``MessageRefused`` for a second one, one that comes too late,
-        one that does not fit the question's schema, and when the run is completed or asks no such question;
-        ``RunNotFound``, ``UnstorableValue``, ``InvalidId``, ``StorageError``.
+        ``name`` is that of ``ctx.wait_for(name)`` or the id of a question of ``ctx.ask`` (see ``journal``). One value
+        counts for one wait, the first. A signal goes to the first wait for it that is open, or, before the run's first
+        wait for it, is kept for that. ``occurrence`` says which of the run's waits for the signal is meant, from 1,
+        begun or yet to come. Raises ``MessageRefused`` for a second value, one that comes too late (the wait timed out,
+        or its step is done), one that does not fit the question's schema, and when the run is completed or asks no such
+        question; ``RunNotFound``, ``UnstorableValue``, ``InvalidId``, ``StorageError``, ``ValueError``.
         """
-        send_value(self.storage, run_id, name, value)
+        send_value(self.storage, run_id, name, value, occurrence)
 
     def settle(
         self, run_id: str, call_id: str, *, done: Any = NOT_GIVEN, redo: bool = False, skip: bool = False
@@ -193,6 +202,40 @@ class CheckpointManager:
         ``UnknownType``.
         """
         return read_calls(self.storage, run_id)
+
+    def recoverable(self, *, failed: bool = False, limit: int | None = None) -> list[RunRecord]:
+        """Runs that could go on though nobody works on them; at most ``limit``.
+
+        Crashed ones, oldest first, then paused ones whose time has come or that were sent what they wait for, then,
+        with ``failed``, failed ones.
+        Of any kind of executor; ``RunRecord.executor_type`` and ``header`` tell. Claims nothing. Parts of other runs,
+        and runs that were given up after crashing too often, are none. Raises ``StorageError``.
+        """
+        from framework.graph.recovery import recoverable_runs  # noqa: PLC0415 - few programs need it
+
+        return recoverable_runs(self.storage, failed=failed)[:limit]
+
+    async def recover(
+        self,
+        resume: Callable[[RunRecord], Awaitable[T]],
+        *,
+        failed: bool = False,
+        limit: int | None = None,
+        concurrency: int = 1,
+    ) -> list[Recovered[T]]:
+        """Have ``resume`` take up every run of ``recoverable``, at most ``concurrency`` at once; what came of each.
+
+        ``resume`` executes the run by its id, as ``lambda run: executor.execute(graph, goal, run_id=run.run_id)``,
+        and claims it with that: of many processes that recover at once, one wins each run, and the others list it as
+        "busy". A run that was asked to stop before its process ended is cancelled instead. An error of this library
+        is the outcome "failed"; any other passes through. Raises ``StorageError`` when the runs cannot be listed.
+        For a worker that does this for ever see ``framework.runner.recovery.Worker``.
+        """
+        from framework.graph.recovery import recover_runs  # noqa: PLC0415 - few programs need it
+
+        runs = await asyncio.to_thread(self.recoverable, failed=failed, limit=limit)
+        lease = self.config.lease_seconds
+        return await recover_runs(self.storage, runs, resume, concurrency=concurrency, lease_seconds=lease)
 
     async def open_session(
         self,

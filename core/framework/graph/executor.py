@@ -16,6 +16,7 @@ from framework.graph.budget import RunBudget
 from framework.graph.builtin_nodes import FunctionNode, LLMNode, RouterNode
 from framework.graph.cancelling import lets_go
 from framework.graph.checkpoint_manager import CheckpointManager
+from framework.graph.crash_loops import too_often
 from framework.graph.definition import canonical, describe_changes, fingerprint
 from framework.graph.edge import GraphSpec
 from framework.graph.goal import Goal
@@ -45,7 +46,7 @@ class ExecutionResult:
     worked on it; ``total_cost`` is in US dollars, as far as prices are known. ``session_state`` is filled when the run
     can be resumed. ``run_id`` names the run for life; ``checkpoint_id`` is its newest checkpoint, ``resumed_from`` the
     one this execution began at, and ``steps_recovered`` how many finished steps it did not have to run again.
-    ``error_type`` is "budget" when the run's budget is used up.
+    ``error_type`` is "budget" when the run's budget is used up, "recovery" when the run ended its process too often.
     """
 
     success: bool
@@ -394,14 +395,15 @@ class _Execution:
                 self._tell_reports()
             if restored is not None:
                 await self._take_up(run, restored)
-            detail = f"{run.recovered} steps recovered" if restored is not None else None
+            steps = "step" if run.recovered == 1 else "steps"
+            detail = f"{run.recovered} {steps} recovered" if restored is not None else None
             self._port.emit("run_resumed" if restored is not None else "run_started", detail=detail)
             if restored is None and run.position.ready:
                 first = run.position.ready[0].node_id
                 answered = self._session_state.get("paused_at") == first
                 run.begin_with(self._input or self._initial(), answered=answered)
             with run.session.stoppable() if run.session is not None else nullcontext():
-                ending = await run.run()
+                ending = self._given_up(run, restored) or await run.run()
             if ending.state is RunState.PAUSED and run.session is None and run.position.branches:
                 # A session_state names one next node; the other branches would be lost without a word.
                 ending = Ending(
@@ -423,8 +425,12 @@ class _Execution:
                 await self._cancelled(run, "cancelled" if isinstance(error, asyncio.CancelledError) else repr(error))
             raise
         except GeneratorExit:
-            # The coroutine is being closed, maybe with its loop gone: nothing can be waited for.
-            self._port.abandon(run.run_id)
+            # The coroutine is being closed, maybe with its loop gone: nothing can be waited for. A durable run is left
+            # to the next process, as its record says; nobody goes on with any other.
+            if run.session is None:
+                self._port.end_now("closed before its end")
+            else:
+                self._port.abandon(run.run_id)
             raise
         except StorageError as error:
             self._port.problem("critical", str(error))
@@ -443,6 +449,18 @@ class _Execution:
             ending = await self._stopped(run, f"{type(error).__name__}: {error}")
         self._tell_reports()
         return await self._result(run, ending, restored)
+
+    def _given_up(self, run: GraphRun, restored: Restored | None) -> Ending | None:
+        """The end of a run that has ended its process too often; ``None`` for any other."""
+        if run.session is None or restored is None or restored.found is not RunState.CRASHED:
+            return None
+        times = run.session.recovery_attempts
+        if times <= run.session.config.max_recovery_attempts:
+            return None
+        at = [step.node_id for step in run.position.ready]
+        return Ending(
+            RunState.FAILED, too_often(self._run_id, times, "CheckpointConfig.max_recovery_attempts", at), "recovery"
+        )
 
     async def _stopped(self, run: GraphRun, problem: str, state: RunState = RunState.FAILED) -> Ending:
         events: list[dict[str, Any]] = []

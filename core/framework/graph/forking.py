@@ -121,8 +121,12 @@ def _first_commit(run: RunRecord, place: _Place, changed: Mapping[str, bytes], n
     made = {**body, "at": datetime.now(), "digest": stored.format_digest(chains.values())}
     if place.paused:
         made["status"] = CheckpointStatus.PAUSED.value
-    if changed and isinstance(body.get("position"), dict):
-        made["position"] = _with_new_inputs(body["position"], changed)
+    if isinstance(body.get("position"), dict):
+        position = _with_new_inputs(body["position"], changed) if changed else dict(body["position"])
+        # Journal and messages stay behind: steps in the middle of their calls start again, and say anew what they
+        # wait for.
+        position.pop("waits", None)
+        made["position"] = position
     node = str(body.get("node") or body.get("step") or "unknown")
     record = {"kind": "fork", "from": forked_from, "changed": sorted(changed)}
     return codec.encode({**header, "forked_from": forked_from}, "header"), Commit(

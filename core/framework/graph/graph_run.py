@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from framework.graph.routing import Route, choose
 from framework.graph.run_journals import RunJournals, Waits
 from framework.graph.run_opening import Restored
 from framework.graph.run_parts import Ending, Failure, NodeSource, let_others_run, unstorable
+from framework.graph.run_path import RunPath
 from framework.graph.run_records import (
     attempt_record,
     attempts_used,
@@ -38,7 +40,7 @@ from framework.graph.suspension import Suspended, Waiting
 from framework.schemas.checkpoint import CheckpointStatus
 from framework.schemas.run import RunState
 from framework.storage import codec
-from framework.storage.checkpoints import SCOPE_MARK, path_of
+from framework.storage.checkpoints import SCOPE_MARK
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ class GraphRun:
     session: RunSession | None
     position: Position
     memory: SharedMemory
-    records: list[Mapping[str, Any]] = field(default_factory=list)
+    steps: RunPath = field(default_factory=RunPath)
     spent: Spent = NOTHING
     recovered: int = 0
     next_after_pause: str | None = None
@@ -74,7 +76,8 @@ class GraphRun:
     _specs: dict[str, NodeSpec] = field(default_factory=dict)
     _running: dict[asyncio.Task[Failure | None], Step] = field(default_factory=dict)
     _failure: Failure | None = None
-    _new_input: bool = False
+    _may_be_woken: bool = False
+    _asked: set[Any] = field(default_factory=set)
     _goal_text: str = ""
 
     def __post_init__(self) -> None:
@@ -98,13 +101,14 @@ class GraphRun:
         Returns whether it changed anything that must be made durable before the first step.
         """
         plain = restored.body.get("position", {})
-        self.records = list(restored.records)
-        self.recovered = sum(1 for record in self.records if record.get("kind") == "step")
+        self.steps = RunPath(restored.records)
+        self.recovered = self.steps.count
         self.spent = Spent.of_record(restored.body)
-        self.journals.forget(finished_steps(self.records))
+        if restored.journal:
+            self.journals.forget(finished_steps(restored.records))
         if plain:
             self.position = planner.from_json(plain)
-            self.position = replace(self.position, visits=planner.visits_of(self.records, self.position))
+            self.position = replace(self.position, visits=planner.visits_of(restored.records, self.position))
             self.next_after_pause = plain.get("after_pause")
             self._waits = Waits.from_json(plain.get("waits", {}))
         for branch in sorted(self.position.branches.values(), key=lambda each: len(each.id)):
@@ -132,32 +136,31 @@ class GraphRun:
             # The same call again must not take the state back to where it began.
             if key not in restored.input_data or not codec.same(restored.input_data[key], value)
         }
-        self._new_input = bool(new)
         for key, value in new.items():
             self.memory.put(key, value)
         # A pause that nobody was told of, because the run stopped for another reason, is still to be told of.
         told = restored.found is RunState.PAUSED or (bool(new) and not self.position.ready)
         waiting = self.position.paused_at is not None and told
-        if waiting:
-            held = self.position.held
-            self.position = planner.resume(self.position)
-            # Only who was asked can have answered; what merely comes after a pause was not.
-            asked = {record.get("step") for record in self.records if record.get("kind") == "wait"}
-            self._answered.update(step.key for step in held if step.key in asked)
-            for step in held:
-                self._inputs[step.key] = {**self._inputs.get(step.key, {}), **new}
-        elif new:
-            for step in self.position.ready:
-                self._inputs[step.key] = {**self._inputs.get(step.key, {}), **new}
+        self._asked = {record.get("step") for record in restored.records if record.get("kind") == "wait"}
+        self._may_be_woken = waiting and not new and bool(self._waits.by_step)
+        if waiting and not self._may_be_woken:
+            self._go_on()
+        for step in self.position.ready if new else ():
+            self._inputs[step.key] = {**self._inputs.get(step.key, {}), **new}
         return waiting or bool(new)
 
+    def _go_on(self) -> None:
+        """All that is held goes on. Only who was asked can have answered; what merely comes after a pause was not."""
+        self._answered.update(step.key for step in self.position.held if step.key in self._asked)
+        self.position = planner.resume(self.position)
+
     async def hold_waiting(self) -> None:
-        """After a resume that brought nothing new: hold again the steps that still wait for a time or a message."""
-        waiting = [step for step in self.position.ready if step.key in self._waits.by_step]
-        if waiting and not self._new_input and self.session is not None:
-            over = await self._waits.over(self.session)
-            for step in waiting:
-                if step.key not in over:
+        """After a resume that brought nothing new: steps whose wait is over go on alone, as that may be why the run was
+        woken; when none is, all go on but those that wait for a time or a message."""
+        if self._may_be_woken and not await self._woken():
+            self._go_on()
+            for step in self.position.ready:
+                if step.key in self._waits.by_step:
                     self.position = planner.hold(self.position, step)
 
     async def commit_resume(self, input_keys: Sequence[str]) -> None:
@@ -346,20 +349,14 @@ class GraphRun:
         view = memory.with_permissions(spec.input_keys, spec.output_keys)
         input_data = given_input(step, self._inputs.get(step.key, {}), memory)
         idempotency_key = f"{self.run_id}/{step.key}"
-        self.journals.open(step.key, idempotency_key, self)
+        self.journals.open(step.key, idempotency_key, self, lambda: [input_data, dict(memory.view())])
 
         def context(attempt: int) -> NodeContext:
-            ctx = replace(
-                self.nodes.context_for(spec, view),
-                input_data=dict(input_data),  # each attempt its own: one may take things out of it
-                goal=self.goal,
-                goal_context=self._goal_text,
-                attempt=attempt,
-                max_attempts=max_attempts(spec),
-                run_id=self.run_id,
-                step_key=step.key,
-                idempotency_key=idempotency_key,
-            )
+            ctx = copy(self.nodes.context_for(spec, view))
+            ctx.input_data = dict(input_data)  # each attempt its own: one may take things out of it
+            ctx.goal, ctx.goal_context = self.goal, self._goal_text
+            ctx.attempt, ctx.max_attempts = attempt, max_attempts(spec)
+            ctx.run_id, ctx.step_key, ctx.idempotency_key = self.run_id, step.key, idempotency_key
             return self.journals.attach(step.key, ctx)
 
         async def failed(attempt: FailedAttempt) -> None:
@@ -373,7 +370,7 @@ class GraphRun:
             )
             self.spent += spent
             if self.session is not None:
-                record = attempt_record(step, attempt.attempt, attempt.error, spent)
+                record = attempt_record(step, attempt.attempt, attempt.error, spent) | self.journals.counting(step.key)
                 await self.session.attempt_failed(record, tuple(events))
                 events.clear()
 
@@ -460,19 +457,19 @@ class GraphRun:
         if error is not None:
             memory.roll_back(before)
             written = set()
-            if result.success:
-                await self.journals.failed(step.key)
+            llm = await self.journals.afresh(step.key, self.nodes.context_for(spec, memory).llm, visit)
             # Conditions, mappings and the handler see what the failed node said; the state does not.
             told = {} if result.success else self._told(result.output)
             result = NodeResult(False, output=told, error=error, error_type=result.error_type)
             # The last attempt's own problem comes with the commit, whichever way it goes on.
             self.port.problem("critical", error)
             # A node that chose an unknown one has no way on: its edges were not meant.
-            route = await self._route(spec, memory, result) if route.error is None else Route()
+            route = await self._route(spec, memory, result, llm) if route.error is None else Route()
             visit = visit.also(route.spent)
             if not route.targets:
                 self.reported = True
                 self.spent += visit.last  # attempts before it were counted as they failed
+                self.journals.counted(step.key, failed=True)
                 if self.session is not None:
                     self._keep_events(step, visit, error, events)
                 return Failure(error, step)
@@ -483,12 +480,13 @@ class GraphRun:
                 except UnstorableValue as problem:
                     return Failure(f"{error}; and then: {problem}", step)
         self.spent += visit.last
+        self.journals.counted(step.key)
         # From here to the commit nothing waits: position, state and sequence change together.
         known = set(self.position.ready)
         self._advance(step, spec, result, route, written, mapped, failed=error is not None)
         failure = self._join_ready()
         record = step_record(step, visit, error, self.position)
-        self.records.append({"kind": "step", **record})
+        self.steps.add(record)
         if self.session is not None:
             following = set(self.position.ready) - known
             self._waiting |= following  # a sibling that ends meanwhile must not start them
@@ -508,7 +506,8 @@ class GraphRun:
     def _keep_events(self, step: Step, visit: Visit, error: str, events: list[dict[str, Any]]) -> None:
         """What the failing visit decided is kept, with the attempt that ended it."""
         assert self.session is not None
-        self.session.keep_attempt(attempt_record(step, visit.attempts, error, visit.last), tuple(events))
+        record = attempt_record(step, visit.attempts, error, visit.last) | self.journals.counting(step.key)
+        self.session.keep_attempt(record, tuple(events))
         events.clear()
 
     def _write_output(self, memory: SharedMemory, result: NodeResult) -> set[str]:
@@ -648,8 +647,7 @@ class GraphRun:
         return all(running == step for running in self._running.values())
 
     def _last_node(self) -> str:
-        steps = [record["node"] for record in self.records if record.get("kind") == "step"]
-        return steps[-1] if steps else self.graph.entry_node
+        return self.steps.last or self.graph.entry_node
 
     def _progress(self, node_id: str, state: RunState | None = None) -> Progress:
         ready = self.position.ready or self.position.held
@@ -666,6 +664,7 @@ class GraphRun:
             for step in (*self.position.ready, *self.position.held)
             if (given := self._inputs.get(step.key))
         }
+        plain = not self._waits.by_step and not any("own" in each for each in position["inputs"].values())
         status = CheckpointStatus.IN_PROGRESS
         if state is not None and state is not RunState.CANCELLED:  # which a checkpoint does not tell from a crash
             status = CheckpointStatus(state.value)
@@ -678,6 +677,7 @@ class GraphRun:
             total_cost=self.spent.cost,
             position=position,
             status=status,
+            plain=plain,
         )
 
     async def end(self, ending: Ending, events: Sequence[dict[str, Any]] = ()) -> None:
@@ -696,4 +696,4 @@ class GraphRun:
     @property
     def path(self) -> list[str]:
         """The nodes visited, over all processes, each visit once; failed steps last."""
-        return [*path_of(self.records), *(step.node_id for step in self.failed_steps)]
+        return [*self.steps, *(step.node_id for step in self.failed_steps)]

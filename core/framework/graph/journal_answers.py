@@ -3,17 +3,24 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-import re
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 from framework.errors import MessageRefused, RunNotFound
 from framework.graph import journal_rows as rows_of
+from framework.graph import journal_slots as slots
 from framework.graph.answer_schema import problem_of
 from framework.graph.journal_rows import CallRecord, Row
+from framework.graph.readable import plain_json
+from framework.graph.run_records import finished_steps
+from framework.graph.stored_run import readable_body
+from framework.graph.suspension import Waiting
 from framework.schemas.run import RunState
 from framework.storage import codec
 from framework.storage.interface import Storage
@@ -22,35 +29,142 @@ from framework.storage.records import Damage, RunRecord
 
 logger = logging.getLogger(__name__)
 
-_QUESTION = re.compile(r"/q[0-9a-f]{8}(\.\d+)?$")
-
 
 def read_calls(storage: Storage, run_id: str) -> list[CallRecord]:
     """The calls in the run's journal, by step and number. Raises ``RunNotFound``, ``StorageError``, ``UnknownType``."""
     run = _found(storage, run_id)
     running = effective_state(run) is RunState.RUNNING
-    return [each for step, rows in _rows(storage, run_id) for each in rows_of.describe(step, rows, running=running)]
+    asked = _asked_to_settle(storage, run_id) if running else frozenset()
+    records: list[CallRecord] = []
+    for step, rows in _rows(storage, run_id):
+        named = {row["n"]: rows_of.settle_message(step, row) for row in rows if rows_of.is_lost_effect(row)}
+        for each in rows_of.describe(step, rows, running=running):
+            # Its step is held for it, while others of the run work: it is not in flight.
+            held = each.state == "running" and named.get(each.number) in asked
+            records.append(replace(each, state="unknown") if held else each)
+    return records
 
 
-def send_value(storage: Storage, run_id: str, name: str, value: Any) -> None:
+def _asked_to_settle(storage: Storage, run_id: str) -> frozenset[str]:
+    """The messages that settle what held steps of a run wait for, as its newest checkpoint tells."""
+    row = next(iter(storage.read_checkpoint_rows(run_id, limit=1)), None)
+    position = (readable_body(row).get("position") or {}) if row is not None else {}
+    waits = [Waiting.from_json(each) for listed in (position.get("waits") or {}).values() for each in listed]
+    return frozenset(each.message for each in waits if each.kind == "settle")
+
+
+def send_value(storage: Storage, run_id: str, name: str, value: Any, occurrence: int | None = None) -> None:
     """Leave ``value`` for who waits for ``name``. Raises as ``CheckpointManager.send``."""
-    _found(storage, run_id)
+    if not name:
+        raise ValueError(f"send: the name is {name!r}; it is that of a signal, or the id of a question.")
+    if occurrence is not None and (slots.QUESTION.search(name) or occurrence < 1):
+        raise ValueError(f"send: occurrence is {occurrence!r}; it counts waits for one signal, from 1, not questions.")
+    run = _found(storage, run_id)
+    if run.state is RunState.COMPLETED:
+        raise MessageRefused(run_id, name, "the run is completed and waits for nothing any more.")
+    if run.state is RunState.CANCELLED:
+        raise MessageRefused(
+            run_id,
+            name,
+            "the run is cancelled and waits for nothing. To have it go on all the same, resume it (surefoot resume, or "
+            "the executor's next call), and send the value once it waits.",
+        )
     body = codec.encode(value, "value")
-    calls = [each for each in read_calls(storage, run_id) if each.answers_to == name]
-    if _QUESTION.search(name):
-        message = f"answer:{name}"
-        if any(each.name == message for each in storage.read_messages(run_id)):
-            raise MessageRefused(run_id, name, "this question was answered before; the first answer counts.")
-        if not any(each.state == "waiting" for each in calls):
-            raise MessageRefused(run_id, name, f"the run has no such open question. {_open(storage, run_id)}")
-        problem = problem_of(calls[0].schema, value)
-        if problem is not None:
-            raise MessageRefused(run_id, name, f"the value does not fit what is asked: {problem}.")
+    if slots.QUESTION.search(name):
+        message = _answered(storage, run_id, name, value)
     else:
-        message = f"signal:{name}"
-        if calls and not any(_still_waits(each) for each in calls):
-            raise MessageRefused(run_id, name, "it comes too late; the step that waited for it has gone on without.")
-    storage.send(run_id, message, body)
+        message = _signalled(storage, run_id, name, occurrence)
+    try:
+        storage.send(run_id, message, body)
+    except MessageRefused:
+        # What was read above has changed in between; the store decides.
+        if _found(storage, run_id).state is RunState.COMPLETED:
+            raise
+        raise MessageRefused(
+            run_id, name, "another one was there first, or the wait for it is over; nothing was changed."
+        ) from None
+
+
+def _answered(storage: Storage, run_id: str, question: str, value: Any) -> str:
+    """The message that an answer is to be. Raises ``MessageRefused``."""
+    rows = [row for _, listed in _rows(storage, run_id) for row in rows_of.fold(listed).rows.values()]
+    row = next((row for row in rows if row["kind"] == "ask" and row.get("to") == question), None)
+    names = {each.name for each in storage.read_messages(run_id)}
+    is_open = row is not None and row["state"] == "waiting"
+    message = slots.answer_message(question, len(row.get("refused", ())) + 1 if row is not None else 1)
+    if message in names or (not is_open and any(slots.is_answer(each, question) for each in names)):
+        raise MessageRefused(run_id, question, "this question was answered before; the first answer counts.")
+    if row is None or not is_open:
+        raise MessageRefused(run_id, question, f"the run has no such open question. {_open(storage, run_id)}")
+    problem = problem_of(row["schema"], value)
+    if problem is not None:
+        raise MessageRefused(run_id, question, f"the value does not fit what is asked: {problem}.")
+    return message
+
+
+def _signalled(storage: Storage, run_id: str, name: str, occurrence: int | None) -> str:
+    """The message that a signal is to be: of the first wait that is open, else an early one. Raises
+    ``MessageRefused``."""
+    given, waits = _waits_for(storage, run_id, name)
+    waiting = [number for number, state in waits.items() if state == "open" and number not in given]
+    if occurrence is None:
+        if waiting:
+            return slots.signal_message(name, min(waiting))
+        coming = max(waits, default=0) + 1
+        if not waits and coming not in given:
+            return slots.signal_message(name, coming)
+        last = coming - 1 if waits else coming
+        free = next(number for number in itertools.count(coming) if number not in given)
+        if last in given and given[last] != slots.CLOSED and waits.get(last) in (None, "open"):
+            problem = "a value was sent before that the run has not taken yet; the first one counts."
+        else:
+            how = "timed out" if given.get(last) == slots.CLOSED or waits[last] == "late" else "is over"
+            problem = f"it comes too late; wait number {last} of the run for it {how}."
+        raise MessageRefused(
+            run_id, name, f"{problem} One for a wait that has not begun yet has to say which: occurrence={free}."
+        )
+    if occurrence in given:
+        over = "it comes too late; the wait for it timed out."
+        problem = over if given[occurrence] == slots.CLOSED else "one was sent before; the first one counts."
+        raise MessageRefused(run_id, name, f"Occurrence {occurrence}: {problem}")
+    if waits.get(occurrence, "open") != "open":
+        raise MessageRefused(run_id, name, f"Occurrence {occurrence}: it comes too late; the wait for it is over.")
+    return slots.signal_message(name, occurrence)
+
+
+def _waits_for(storage: Storage, run_id: str, name: str) -> tuple[dict[int, bytes], dict[int, str]]:
+    """By occurrence: what was left for waits for the signal, and each wait begun, "open", "late" or "over"."""
+    # In this order: a wait that is over has left what says so before its row goes.
+    journal = _rows(storage, run_id)
+    given = {}
+    for message in storage.read_messages(run_id):
+        found = slots.signal_of(message.name)
+        if found is not None and found[0] == name:
+            given[found[1]] = message.body
+    marks = [row for step, rows in journal if step == slots.SIGNALS for row in rows]
+    claims = [claim for claim in map(slots.Claim.of_row, marks) if claim.name == name]
+    if not claims:
+        return given, {}
+    rows = [(step, row) for step, listed in journal for row in rows_of.fold(listed).rows.values()]
+    known = {row["occurrence"]: row for _, row in rows if row["kind"] == "wait" and row.get("to") == name}
+    finished: set[str] | None = None
+    waits = {}
+    for claim in claims:
+        row = known.get(claim.occurrence)
+        if row is not None and row["state"] == "waiting":
+            waits[claim.occurrence] = "open" if row.get("until", math.inf) > time.time() else "late"
+        elif row is not None:
+            waits[claim.occurrence] = "over"
+        else:
+            # Its row is not written yet, its attempt failed and will be made again, or its step is done.
+            finished = _finished(storage, run_id) if finished is None else finished
+            waits[claim.occurrence] = "over" if claim.step in finished else "open"
+    return given, waits
+
+
+def _finished(storage: Storage, run_id: str) -> set[str]:
+    records = [record for row in storage.read_log(run_id) for record in plain_json(row.record)]
+    return finished_steps(records)
 
 
 def settle_call(storage: Storage, run_id: str, call_id: str, action: str, value: Any) -> None:
@@ -58,14 +172,20 @@ def settle_call(storage: Storage, run_id: str, call_id: str, action: str, value:
     run = _found(storage, run_id)
     if run.state is RunState.COMPLETED:
         raise MessageRefused(run_id, call_id, "the run is completed; nothing of it is left to settle.")
-    if effective_state(run) is RunState.RUNNING:
-        raise MessageRefused(run_id, call_id, "the run is running; settle it once it has paused or ended.")
+    running = effective_state(run) is RunState.RUNNING
+    asked = _asked_to_settle(storage, run_id) if running else frozenset()
     body = codec.encode({"action": action, "value": value}, "value")
     for step, rows in _rows(storage, run_id):
         for each in rows_of.describe(step, rows, running=False):
             if each.id == call_id and each.state == "unknown":
                 row = next(row for row in rows if row["n"] == each.number)
-                storage.send(run_id, rows_of.settle_message(step, row), body)
+                message = rows_of.settle_message(step, row)
+                if running and message not in asked:
+                    problem = (
+                        "the run is running, and may be making this call now; settle it once it has paused or ended."
+                    )
+                    raise MessageRefused(run_id, call_id, problem)
+                storage.send(run_id, message, body)
                 return
             if each.id == call_id:
                 raise MessageRefused(run_id, call_id, f"what became of this call is known: it is {each.state!r}.")
@@ -87,11 +207,6 @@ def _rows(storage: Storage, run_id: str) -> list[tuple[str, list[Row]]]:
     for item in damage:
         logger.warning("%s of run %r is damaged and left out: %s", item.where, run_id, item.problem)
     return [(step, rows_of.parse(group)) for step, group in groupby(rows, key=lambda row: row.step)]
-
-
-def _still_waits(call: CallRecord) -> bool:
-    # One that has its answer is refused by the store: that is a second answer, not a late one.
-    return call.state == "done" or (call.state == "waiting" and (call.until is None or call.until > time.time()))
 
 
 def _open(storage: Storage, run_id: str) -> str:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from framework.errors import UnstorableValue
+from framework.errors import ToolOutcomeUnknown, UnstorableValue
+from framework.graph.budget import BudgetGate
 from framework.graph.calls import KEY, tool_takes_key
 from framework.graph.journal import AttemptJournal, CallSpec, in_thread, request_hash
+from framework.graph.journal_rows import Policy
 from framework.graph.spending import Spent
 from framework.llm.calls import cost_of, input_tokens_of, method_of, output_tokens_of, turn_of, wishes
 from framework.llm.provider import LLMProvider, LLMResponse, Message, Tool, ToolResult, ToolUse
@@ -27,20 +29,19 @@ _WISHES = ("max_tokens", "json_schema", "model", "max_iterations")
 class JournaledLLM:
     """``inner`` as a node may ask it: by the four methods of `LLMProvider`, all else goes to ``inner`` itself.
 
-    A tool with effects has the policy "ask", any other "rerun". A tool with a parameter ``idempotency_key`` is given
-    its call's; the model is not told of the parameter. A provider that gives one turn at a time is asked for turns,
-    each a call of its own; of another one the whole conversation is a call, and in it each tool call. A recorded reply
-    has no ``raw_response`` when that cannot be stored.
+    A tool's policy is its own, else "ask" when it has effects and "rerun" when not. A tool with a parameter
+    ``idempotency_key`` is given its call's; the model is not told of the parameter. A provider that gives one turn at
+    a time is asked for turns, each a call of its own; of another one the whole conversation is a call, and in it each
+    tool call. A recorded reply has no ``raw_response`` when that cannot be stored.
     """
 
-    def __init__(self, inner: Any, journal: AttemptJournal, before: Callable[[], None] | None = None) -> None:
+    def __init__(self, inner: Any, journal: AttemptJournal, gate: BudgetGate | None = None) -> None:
         self._inner = inner
         self._journal = journal
-        self._reply = CallSpec(
-            to_plain=_plain_reply, from_plain=_reply_of, spent=Spent.of_reply, settled=_settled_reply, before=before
-        )
+        self._gate = gate
+        self._reply = CallSpec(to_plain=_plain_reply, from_plain=_reply_of, spent=self._took, settled=_settled_reply)
         self._turn = replace(
-            self._reply, to_plain=_plain_turn, from_plain=_turn_of, spent=lambda turn: Spent.of_reply(turn.response)
+            self._reply, to_plain=_plain_turn, from_plain=_turn_of, spent=lambda turn: self._took(turn.response)
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -58,7 +59,10 @@ class JournaledLLM:
             return self.acomplete(*args, **keywords)
         asked = _bound(_COMPLETE, args, keywords)
         return self._journal.call_blocking(
-            "llm", self._request(asked, "complete"), lambda key: method(**self._taken(method, asked)), self._reply
+            "llm",
+            self._request(asked, "complete"),
+            lambda key: method(**self._taken(method, asked)),
+            self._let_out(self._reply, asked),
         )
 
     async def acomplete(self, *args: Any, **keywords: Any) -> Any:
@@ -69,7 +73,8 @@ class JournaledLLM:
         async def make(key: str) -> Any:
             return await _run(method, **self._taken(method, asked))
 
-        return await self._journal.call("llm", self._request(asked, "complete"), make, self._reply)
+        spec = self._let_out(self._reply, asked)
+        return await self._journal.call("llm", self._request(asked, "complete"), make, spec)
 
     # --- with tools ---------------------------------------------------------------------------------------------
 
@@ -87,14 +92,17 @@ class JournaledLLM:
                 "llm",
                 self._request(asked, "complete_with_tools"),
                 lambda key: method(**self._taken(method, asked), tool_executor=tools.run_blocking),
-                self._reply,
+                self._let_out(self._reply, asked, whole=True),
             )
         ask = turn
 
         def one(talked: list[Message]) -> Turn:
             now = self._one_turn({**asked, "messages": talked})
             made: Turn = self._journal.call_blocking(
-                "llm", self._request(now, "turn"), lambda key: ask(**self._taken(ask, now)), self._turn
+                "llm",
+                self._request(now, "turn"),
+                lambda key: ask(**self._taken(ask, now)),
+                self._let_out(self._turn, now),
             )
             return made
 
@@ -117,7 +125,7 @@ class JournaledLLM:
                 made: Turn = await _run(ask, **self._taken(ask, now))
                 return made
 
-            return await self._journal.call("llm", self._request(now, "turn"), make, self._turn)
+            return await self._journal.call("llm", self._request(now, "turn"), make, self._let_out(self._turn, now))
 
         return await talk_async(self._conversation(asked), one, tools.run)
 
@@ -133,7 +141,8 @@ class JournaledLLM:
             value = await in_thread(method, watch=watch, **taken, tool_executor=executor)
             return await value if inspect.isawaitable(value) else value
 
-        return await self._journal.call("llm", self._request(asked, "complete_with_tools"), make, self._reply)
+        spec = self._let_out(self._reply, asked, whole=True)
+        return await self._journal.call("llm", self._request(asked, "complete_with_tools"), make, spec)
 
     def _conversation(self, asked: Mapping[str, Any]) -> Conversation:
         model = asked.get("model") or self._model()
@@ -142,6 +151,31 @@ class JournaledLLM:
     @staticmethod
     def _one_turn(asked: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in asked.items() if name != "max_iterations"}
+
+    # --- what it takes ------------------------------------------------------------------------------------------
+
+    def _let_out(self, spec: CallSpec, asked: Mapping[str, Any], *, whole: bool = False) -> CallSpec:
+        """``spec`` for this question; of a ``whole`` conversation nothing says how long its replies are in all."""
+        gate = self._gate
+        if gate is None:
+            return spec
+        length = sum(len(str(asked.get(part) or "")) for part in ("messages", "system", "tools"))
+        most = asked.get("max_tokens") or getattr(self._inner, "max_tokens", None)
+        most = None if whole or type(most) is not int else most
+        return replace(spec, before=lambda inside: gate.enter(length, most, inside))
+
+    def _took(self, reply: Any) -> Spent:
+        taken, gate = Spent.of_reply(reply), self._gate
+        if gate is not None:
+            unpriced = None
+            if getattr(reply, "cost", None) is None and gate.budget.max_cost is not None:
+                unpriced = _text(getattr(reply, "model", "")) or self._model() or "unknown"
+                self._journal.problems.append(
+                    f"What model {unpriced!r} costs is not known, so the run's max_cost cannot be kept: no further "
+                    "question is asked under it. Register its price (framework.llm.prices.register_price)."
+                )
+            gate.saw(taken, unpriced)
+        return taken
 
     # --- what is asked ------------------------------------------------------------------------------------------
 
@@ -179,7 +213,7 @@ class _Tools:
         self._journal = journal
         self._executor = executor
         self._keyed = {tool.name for tool in tools if tool_takes_key(tool)}
-        self._effects = {tool.name for tool in tools if getattr(tool, "effects", False)}
+        self._policies = {tool.name: policy_of(tool) for tool in tools}
         self.told = [_without_key(tool) if tool.name in self._keyed else tool for tool in tools]
 
     async def run(self, use: ToolUse) -> ToolResult:
@@ -187,7 +221,9 @@ class _Tools:
 
         async def make(key: str) -> ToolResult:
             given = self._given(use, key)
-            return _storable(await _run(self._executor, given), use)
+            result = _storable(await _run(self._executor, given), use)
+            check_outcome(result, self._journal, self._spec(use).policy)
+            return result
 
         return await self._journal.call(f"tool:{use.name}", self._request(use), make, self._spec(use))
 
@@ -202,12 +238,12 @@ class _Tools:
         return lambda use: self._run_blocking(use, executor), watch
 
     def _run_blocking(self, use: ToolUse, executor: Callable[..., Any]) -> ToolResult:
-        return self._journal.call_blocking(
-            f"tool:{use.name}",
-            self._request(use),
-            lambda key: _storable(executor(self._given(use, key)), use),
-            self._spec(use),
-        )
+        def make(key: str) -> ToolResult:
+            result = _storable(executor(self._given(use, key)), use)
+            check_outcome(result, self._journal, self._spec(use).policy)
+            return result
+
+        return self._journal.call_blocking(f"tool:{use.name}", self._request(use), make, self._spec(use))
 
     def _given(self, use: ToolUse, key: str) -> ToolUse:
         return ToolUse(use.id, use.name, {**use.input, KEY: key}) if use.name in self._keyed else use
@@ -218,11 +254,24 @@ class _Tools:
 
     def _spec(self, use: ToolUse) -> CallSpec:
         return CallSpec(
-            policy="ask" if use.name in self._effects else "rerun",
+            policy=self._policies.get(use.name, "rerun"),
             to_plain=lambda result: [result.content, result.is_error],
             from_plain=lambda plain: ToolResult(use.id, plain[0], plain[1]),
             settled=lambda action, value: [text_of_result(value) if action == "done" else SKIPPED, False],
         )
+
+
+def policy_of(tool: Any) -> Policy:
+    """The policy of a tool's calls: its own, else "ask" when it has effects, else "rerun"."""
+    policy: Policy | None = getattr(tool, "policy", None)
+    return policy or ("ask" if getattr(tool, "effects", False) else "rerun")
+
+
+def check_outcome(result: Any, journal: AttemptJournal, policy: Policy) -> None:
+    """Raise ``ToolOutcomeUnknown`` for the result of an effect that may have happened although it is an error: it is
+    not recorded as an outcome, so the call is settled before it is made again."""
+    if policy != "rerun" and journal.records and getattr(result, "outcome_unknown", False) is True:
+        raise ToolOutcomeUnknown(text_of_result(result.content))
 
 
 def _without_key(tool: Tool) -> Tool:
@@ -315,7 +364,7 @@ def _storable(result: Any, use: ToolUse) -> ToolResult:
     content, is_error = getattr(result, "content", result), bool(getattr(result, "is_error", False))
     if not isinstance(content, str) and not _is_storable(content):
         content = text_of_result(content)
-    return ToolResult(use.id, content, is_error)
+    return ToolResult(use.id, content, is_error, getattr(result, "outcome_unknown", False) is True)
 
 
 def _is_storable(value: Any) -> bool:

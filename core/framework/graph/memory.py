@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,8 @@ class SharedMemory:
     _borrowed: dict[str, _Borrowed] = field(default_factory=dict)
     _exposed: set[str] = field(default_factory=set)
     _written: set[str] = field(default_factory=set)
+    _touched: set[str] = field(default_factory=set)
+    _snapshots: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=2))
 
     def read(self, key: str) -> Any:
         """The value of ``key``, or ``None`` when absent. Raises ``PermissionError`` for a key not readable here."""
@@ -60,6 +63,7 @@ class SharedMemory:
             value = self._data[key]
             if type(value) not in IMMUTABLE:
                 self._exposed.add(key)
+                self._touched.add(key)
             return value
         return None if self._parent is None else self._borrow(key)
 
@@ -79,6 +83,7 @@ class SharedMemory:
         if type(value) not in IMMUTABLE:
             # Whoever wrote it may have kept it, and may change it later.
             self._exposed.add(key)
+            self._touched.add(key)
 
     def read_all(self) -> dict[str, Any]:
         """All readable values by key, in a new dict."""
@@ -103,6 +108,8 @@ class SharedMemory:
             self._borrowed,
             self._exposed,
             self._written,
+            self._touched,
+            self._snapshots,
         )
 
     # --- for executors ------------------------------------------------------------------------------------------
@@ -127,6 +134,25 @@ class SharedMemory:
         """Whether anybody may hold the container under ``key`` and change it in place."""
         return key in self._exposed
 
+    def take_idle(self) -> list[str]:
+        """The keys of exposed containers that were not handed out or written since the last call."""
+        idle = [key for key in self._exposed if key not in self._touched and key in self._data]
+        self._touched.clear()
+        return idle
+
+    def seal(self, key: str) -> None:
+        """Nobody holds the container under ``key``, until it is handed out or written again."""
+        self._exposed.discard(key)
+
+    def expose(self, key: str) -> None:
+        """Somebody may hold the container under ``key`` after all."""
+        self._exposed.add(key)
+
+    @property
+    def holders(self) -> tuple[dict[str, Any], ...]:
+        """The dicts of this memory itself that refer to its values, the last snapshots among them."""
+        return (self._data, *self._snapshots)
+
     def restored(self, key: str, value: Any) -> None:
         """Put back a value read from the store: nobody else holds it."""
         self._data[key] = value
@@ -134,7 +160,9 @@ class SharedMemory:
     def snapshot(self) -> dict[str, Any]:
         """What ``roll_back`` needs to undo the writes from here on; not changes inside containers."""
         self._written.clear()
-        return dict(self._data)
+        taken = dict(self._data)
+        self._snapshots.append(taken)
+        return taken
 
     def roll_back(self, snapshot: dict[str, Any]) -> None:
         """Undo the writes since ``snapshot`` was taken."""
@@ -176,7 +204,7 @@ class SharedMemory:
 
 
 def _codec() -> Any:
-    from framework.storage import codec  # noqa: PLC0415 - describing a graph needs no storage, only fan-outs do
+    from framework.storage import codec  # noqa: PLC0415 - which needs pydantic, and this module does not
 
     return codec
 

@@ -134,11 +134,11 @@ class NodeContext:
         """Call ``fn(*args, **kwargs)``, sync (in a worker thread) or async, once for this step; its value.
 
         The value is durable before it is returned; a step that runs again after a crash gets the same one, and ``fn``
-        is not called. ``name`` and the arguments say which call it is; arguments and value must have a stored form. A
-        call that raises is not recorded. ``policy`` says what becomes of a call that had begun before a crash and has
-        no recorded value: "rerun" (as when it is None) calls again, "ask" pauses the run until somebody settles it,
-        "fail" raises `UnknownEffect`. A parameter ``idempotency_key`` of ``fn`` is given the call's own key, the same
-        whenever this call is made again.
+        is not called. ``name`` and the arguments say which call it is; arguments and value must have a stored form.
+        What a call raises is recorded and raised again. ``policy`` says what becomes of a call that had begun before a
+        crash and has no recorded value: "rerun" (as when it is None) calls again, "ask" pauses the run until somebody
+        settles it, "fail" raises `UnknownEffect`. A parameter ``idempotency_key`` of ``fn`` is given the call's own
+        key, the same whenever this call is made again.
 
         Raises what ``fn`` raises, ``UnstorableValue``, `UnknownEffect`. Without a checkpoint manager it only calls.
         """
@@ -159,8 +159,10 @@ class NodeContext:
     async def wait_for(self, name: str, timeout_seconds: float | None = None) -> Any:
         """The value that somebody sends to the run under ``name`` (``CheckpointManager.send``), now or earlier.
 
-        One value per name and run. The run pauses until it is there. Raises ``TimeoutError`` when it is not within
-        ``timeout_seconds`` of the first call, and ``RunError`` without a checkpoint manager.
+        Each wait takes one value: the run's first wait for ``name`` the first, in whichever step and visit it is, and
+        so on; all attempts of a step have the same. The run pauses until it is there. Raises ``TimeoutError`` when it
+        is not within ``timeout_seconds`` of the first call (what is sent later is refused), ``RunError`` without a
+        checkpoint manager, ``ValueError`` for a name that looks like a question's id.
         """
         from framework.graph import journal_waits  # noqa: PLC0415 - which imports this module
 
@@ -170,7 +172,9 @@ class NodeContext:
         """A person's answer to ``question`` (``CheckpointManager.send`` with the question's id as the name).
 
         The run pauses until it is there. ``schema`` is what the answer has to be: a JSON schema, or a type that
-        pydantic knows, of which the value is then. Raises ``RunError`` without a checkpoint manager.
+        pydantic knows, of which the value is then. An answer that this type's own validators refuse is noted with the
+        reason, and the question is open again. Raises ``RunError`` without a checkpoint manager, ``ValueError`` for a
+        schema that is not valid.
         """
         from framework.graph import journal_waits  # noqa: PLC0415 - which imports this module
 

@@ -13,6 +13,7 @@ from framework.errors import DefinitionChanged, LeaseLost, ResumeError, StorageE
 from framework.graph.budget import RunBudget
 from framework.graph.cancelling import lets_go, was_let_go
 from framework.graph.checkpoint_manager import CheckpointManager
+from framework.graph.crash_loops import too_often
 from framework.graph.goal import Goal
 from framework.graph.plan import ActionType, ApprovalRequest, ExecutionStatus, Plan, PlanExecutionResult
 from framework.graph.plan_answers import Answers, require_plan, state_of
@@ -279,7 +280,8 @@ class PlanExecution:
         try:
             with self._port.recording(events):
                 self._tell_reports()
-            detail = f"{recovered} steps recovered" if found is not None else None
+            steps = "step" if recovered == 1 else "steps"
+            detail = f"{recovered} {steps} recovered" if found is not None else None
             self._port.emit("run_resumed" if found is not None else "run_started", detail=detail)
             if brought is not None:
                 await run.commit_resume(brought)
@@ -300,8 +302,12 @@ class PlanExecution:
         except CancelRequested:
             ending = await self._stopped(run, Ending(ExecutionStatus.ABORTED, CANCELLED_ON_REQUEST), "warning")
         except GeneratorExit:
-            # The coroutine is being closed, maybe with its loop gone: nothing can be waited for.
-            self._port.abandon(run.run_id)
+            # The coroutine is being closed, maybe with its loop gone: nothing can be waited for. A durable run is left
+            # to the next process, as its record says; nobody goes on with any other.
+            if run.session is None:
+                self._port.end_now("closed before its end")
+            else:
+                self._port.abandon(run.run_id)
             raise
         except StorageError as error:
             self._port.problem("critical", str(error))
@@ -442,9 +448,5 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def _too_often(state: PlanState, lost: list[str], run_id: str) -> str:
-    steps = ", ".join(map(repr, lost or [step.id for step in ready_steps(state.plan, state.earlier)])) or "none"
-    return (
-        f"Run {run_id!r} ended its process {state.recoveries} times in a row with nothing finished in between, more "
-        f"often than ExecutorConfig.max_recovery_attempts allows. Steps that were in flight: {steps}. See what ends "
-        "the process there (memory, a native library, a kill), then call again: the count begins anew."
-    )
+    at = lost or [step.id for step in ready_steps(state.plan, state.earlier)]
+    return too_often(run_id, state.recoveries, "ExecutorConfig.max_recovery_attempts", at)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from framework.errors import UnstorableValue
 from framework.graph.budget import RunBudget
-from framework.graph.journal import AttemptJournal
+from framework.graph.goal import Goal
+from framework.graph.journal import AttemptJournal, CallSpec, in_thread, request_hash
 from framework.graph.journal_llm import JournaledLLM
 from framework.graph.judge import HybridJudge
+from framework.graph.plan import Judgment, PlanStep
+from framework.graph.plan_outcomes import spent_on
 from framework.graph.run_journals import RunJournals
 from framework.graph.run_opening import Restored
 from framework.graph.spending import NOTHING, Spent
 from framework.graph.suspension import Waiting
 from framework.graph.worker_actions import StepExecutionResult
+from framework.llm.tool_loop import is_async
 
 # A judge is shown how long the work took, which is never the same twice: a question is the same without it.
 _LATENCY = re.compile(r'("latency_ms": )\d+')
@@ -29,18 +35,12 @@ class PlanJournals(RunJournals):
     def attempt(self, key: str, idempotency_key: str, totals: Any) -> AttemptJournal | None:
         """The journal of the next attempt of the step's visit ``key``; ``totals`` is what has the run's ``spent``."""
         if key not in self._open:
-            self.open(key, idempotency_key, totals)
+            self.open(key, idempotency_key, totals, lambda: dict(totals.state.memory.view()))
         found = self._open.get(key)
         if found is None:
             return None
         found.attempt = AttemptJournal(found.journal)
         return found.attempt
-
-    def counted(self, key: str) -> None:
-        """What the visit has spent is in the run's totals now."""
-        found = self._open.get(key)
-        if found is not None:
-            found.journal.spent = NOTHING
 
     def only_of(self, unfinished: Iterable[str]) -> None:
         """Journals that were kept of other visits than these are only to be read: totals count what they spent."""
@@ -62,12 +62,14 @@ def _without_latency(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def journaled_judge(judge: Any, attempt: AttemptJournal | None) -> Any:
-    """``judge`` as it judges one attempt: a ``HybridJudge`` asks its model through the attempt's journal.
-
-    Of another class of judge nothing is known, so it is the judge itself.
-    """
+    """``judge`` as it judges one attempt: a ``HybridJudge`` asks its model through the attempt's journal, and of any
+    other judge each judgement is a call, whatever it asks. A ``HybridJudge`` without a model asks nothing."""
     kind = type(judge)
-    if attempt is None or not issubclass(kind, HybridJudge) or judge.llm is None:
+    if attempt is None:
+        return judge
+    if not issubclass(kind, HybridJudge) or (judge.llm is None and kind.evaluate is not HybridJudge.evaluate):
+        return _JournaledJudge(judge, attempt) if attempt.records else judge
+    if judge.llm is None:
         return judge
     model = _JudgeModel(judge.llm, attempt, attempt.of.before_model)
     # Its own state, all of it and shared, since it may judge other steps at the same time; only the model differs. A
@@ -75,6 +77,48 @@ def journaled_judge(judge: Any, attempt: AttemptJournal | None) -> Any:
     view: Any = object.__new__(type(kind.__name__, (kind,), {"llm": property(lambda self: model)}))
     view.__dict__ = judge.__dict__
     return view
+
+
+class _JournaledJudge:
+    """A judge of a program's own, each of whose judgements is a call of the attempt's journal."""
+
+    def __init__(self, judge: Any, attempt: AttemptJournal) -> None:
+        self._judge = judge
+        self._attempt = attempt
+
+    async def evaluate(
+        self, step: PlanStep, result: Mapping[str, Any], goal: Goal, context: Mapping[str, Any]
+    ) -> Judgment:
+        """What the judge says; what it is asked may be what has no stored form: then it is asked, and not recorded."""
+
+        async def make(key: str) -> Judgment:
+            evaluate = self._judge.evaluate
+            if is_async(evaluate):
+                judgment = await evaluate(step, result, goal, context)
+            else:
+                judgment = await in_thread(evaluate, step, result, goal, context)
+                judgment = await judgment if inspect.isawaitable(judgment) else judgment
+            if not isinstance(judgment, Judgment):
+                raise TypeError(f"it returned {type(judgment).__name__}, not a Judgment")
+            return judgment
+
+        asked = step.model_dump(mode="json", exclude={"started_at", "completed_at"})
+        seen = {name: value for name, value in result.items() if name != "latency_ms"}
+        try:
+            request = request_hash([asked, seen, goal.id, dict(context)], "the judge is asked")
+        except UnstorableValue:
+            return await make("")
+        return await self._attempt.call("judge", request, make, _JUDGED)
+
+
+def _spent_on(judgment: Judgment) -> Spent:
+    tokens, cost = spent_on(judgment)
+    return Spent(tokens, 0, 0, cost) if tokens or cost else NOTHING
+
+
+_JUDGED = CallSpec(
+    to_plain=lambda judgment: judgment.model_dump(mode="json"), from_plain=Judgment.model_validate, spent=_spent_on
+)
 
 
 def with_spent(result: StepExecutionResult, attempt: AttemptJournal) -> StepExecutionResult:

@@ -548,6 +548,7 @@ class PlanRun:
         self, step: PlanStep, result: StepExecutionResult, feedback: str, events: list[dict[str, Any]]
     ) -> float:
         standing = self.state.standing(step.id)
+        counting = self.journals.counting(self._key(step.id))
         step.status, step.error = StepStatus.PENDING, feedback
         self.tell("attempt_failed", step, result, attempt=step.attempts, error=feedback)
         if result.success and result.executor_type == "sub_graph":
@@ -560,7 +561,8 @@ class PlanRun:
         self.port.decided(f"Retry plan step {step.id}", "retry", feedback, step.id)
         self.state.keep(step)
         if self.session is not None:
-            await self.session.attempt_failed(self._attempt_record(step, result, feedback), tuple(events))
+            record = self._attempt_record(step, result, feedback) | counting
+            await self.session.attempt_failed(record, tuple(events))
             events.clear()
         delay = backoff_seconds(
             self._limits.retry_delay_seconds, self._limits.retry_max_delay_seconds, step.attempts + 1, random.random()
@@ -607,6 +609,7 @@ class PlanRun:
 
     async def note(self, record: Mapping[str, Any], step: PlanStep, events: list[dict[str, Any]]) -> None:
         if self.session is not None:
+            record = {**record, **self.journals.counting(self._key(step.id))}
             await self.session.note(record, tuple(events), self._progress(step), self.state.scopes)
             events.clear()
 

@@ -28,12 +28,12 @@ class Step:
     node_id: str
     visit: int
     branch: str = ""
+    key: str = field(init=False, repr=False, compare=False)
+    """The step's identity within its run."""
 
-    @property
-    def key(self) -> str:
-        """The step's identity within its run."""
+    def __post_init__(self) -> None:
         own = f"{self.node_id}#{self.visit}"
-        return f"{self.branch}:{own}" if self.branch else own
+        object.__setattr__(self, "key", f"{self.branch}:{own}" if self.branch else own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +125,13 @@ def advance(graph: GraphSpec, position: Position, outcome: Outcome) -> Advance:
     step = outcome.step
     if step not in position.ready:
         raise ValueError(f"step {step.key} is not ready")
-    position = replace(
-        position,
-        ready=tuple(other for other in position.ready if other != step),
-        steps_taken=position.steps_taken + 1,
+    position = Position(
+        tuple(other for other in position.ready if other != step),
+        position.held,
+        position.visits,
+        position.branches,
+        position.steps_taken + 1,
+        position.paused_at,
     )
     if outcome.pauses:
         return _pause(graph, position, outcome)
@@ -215,8 +218,14 @@ def _visit(position: Position, node_id: str, branch: str) -> tuple[Position, Ste
     key = _visit_key(branch, node_id)
     count = position.visits.get(key, 0) + 1
     step = Step(node_id, count, branch)
-    visits = {**position.visits, key: count}
-    return replace(position, ready=(*position.ready, step), visits=visits), step
+    return Position(
+        (*position.ready, step),
+        position.held,
+        {**position.visits, key: count},
+        position.branches,
+        position.steps_taken,
+        position.paused_at,
+    ), step
 
 
 def _go(position: Position, step: Step, target: str) -> Position:
@@ -353,16 +362,19 @@ def visits_of(records: Iterable[Mapping[str, Any]], position: Position) -> dict[
     left out, as ``join`` drops them.
     """
     visits: dict[str, int] = {}
-    named = [
-        (record.get("branch", ""), record["node"], record["visit"])
-        for record in records
-        if record.get("kind") == "step"
-    ]
-    named += [(step.branch, step.node_id, step.visit) for step in (*position.ready, *position.held)]
-    for branch, node_id, visit in named:
-        if not branch or branch in position.branches:
-            key = _visit_key(branch, node_id)
-            visits[key] = max(visits.get(key, 0), visit)
+    branches = position.branches
+    for record in records:
+        if record.get("kind") != "step":
+            continue
+        branch, node_id, visit = record.get("branch", ""), record["node"], record["visit"]
+        if not branch or branch in branches:
+            key = f"{branch}:{node_id}" if branch else node_id
+            if visit > visits.get(key, 0):
+                visits[key] = visit
+    for step in (*position.ready, *position.held):
+        if not step.branch or step.branch in branches:
+            key = _visit_key(step.branch, step.node_id)
+            visits[key] = max(visits.get(key, 0), step.visit)
     return visits
 
 

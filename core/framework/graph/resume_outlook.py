@@ -41,7 +41,8 @@ class Waiting:
     whose id is ``name``, or that somebody ``settle`` the effect of the call ``name``.
 
     ``step`` is the node's id, or the key of a step that is in the middle of its calls. ``until`` is when the wait ends
-    by itself, in seconds since the epoch. ``schema`` is what an answer must fit.
+    by itself, in seconds since the epoch. ``schema`` is what an answer must fit; ``refused`` says why the node did not
+    take the last one. ``occurrence`` counts the run's waits for the signal, from 1.
     """
 
     kind: Literal["input", "approval", "sleep", "signal", "answer", "settle"]
@@ -52,6 +53,8 @@ class Waiting:
     name: str | None = None
     until: float | None = None
     schema: Any = None
+    occurrence: int = 1
+    refused: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +185,8 @@ def asked(waiting: Waiting) -> str:
         case "signal":
             return f"{waiting.step!r} waits for the signal {waiting.name!r}{until}"
         case "answer":
-            return f"{waiting.step!r} asks: {waiting.question}"
+            again = f" (the last answer was refused: {waiting.refused})" if waiting.refused else ""
+            return f"{waiting.step!r} asks: {waiting.question}{again}"
         case _:
             return f"the effect of the call {waiting.name!r} is unknown"
 
@@ -312,7 +316,16 @@ def _left(run: StoredRun) -> bool:
 def _waiting(run: StoredRun, now: float) -> list[Waiting]:
     people = _waiting_for_approval(run) if run.is_plan else _waiting_for_input(run)
     return people + [
-        Waiting(each.kind, step, question=each.question, name=each.name or None, until=each.until, schema=each.schema)
+        Waiting(
+            each.kind,
+            step,
+            question=each.question,
+            name=each.name or None,
+            until=each.until,
+            schema=each.schema,
+            occurrence=each.occurrence,
+            refused=each.refused,
+        )
         for step, waits in waits_of(run.body).items()
         if not _is_over(run, waits, now)
         for each in waits
@@ -321,7 +334,8 @@ def _waiting(run: StoredRun, now: float) -> list[Waiting]:
 
 def _waiting_for_input(run: StoredRun) -> list[Waiting]:
     position = position_of(run)
-    asked = {record.get("step") for record in run.log if record.get("kind") == "wait"}
+    # One that was in the middle of its calls says what "for".
+    asked = {record.get("step") for record in run.log if record.get("kind") == "wait" and not record.get("for")}
     nodes = (run.definition or {}).get("nodes") or {}
     found = []
     suspended = waits_of(run.body)

@@ -18,19 +18,28 @@ from framework._secrets import mask
 from framework.errors import CorruptData, LeaseLost, RunNotFound, StorageError
 from framework.graph.checkpoint_rules import checkpoint_id, retention_of
 from framework.graph.state_tracker import StateTracker
-from framework.schemas.checkpoint import Checkpoint, CheckpointConfig, CheckpointStatus, ExecutorType, StepRecord
+from framework.schemas.checkpoint import CheckpointConfig, CheckpointStatus, ExecutorType, StepRecord
 from framework.schemas.run import RunState
 from framework.storage import checkpoints as stored
 from framework.storage import chunks as chunklib
 from framework.storage import codec
 from framework.storage.chunks import Chunk
-from framework.storage.committer import Committer
+from framework.storage.committer import Committer, Ticket
 from framework.storage.interface import Storage
 from framework.storage.records import Commit, RunRecord
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_PROGRESS = ("step", "attempt", "wait")
+"""Kinds of records that say that a run got somewhere since it was claimed."""
+
+MAX_UNDER_WAY = 64
+"""Commits of one run that may wait for the store under ``durability="async"``; with more, the run waits as well."""
+
+MAX_BYTES_UNDER_WAY = 32_000_000
+"""Bytes of values in them, likewise."""
 
 
 @dataclass(slots=True)
@@ -47,6 +56,8 @@ class Progress:
     steps: Mapping[str, StepRecord] = field(default_factory=dict)
     context: Mapping[str, Any] = field(default_factory=dict)
     total_cost: float = 0.0
+    plain: bool = False
+    """Whether ``position``, ``context`` and ``steps`` hold nothing but JSON's own types."""
 
 
 @dataclass(eq=False, slots=True)
@@ -69,13 +80,18 @@ class Pending:
     order: int = 0
     sequence: int = 0
     checkpoint_id: str | None = None
-    future: Future[None] | None = None
+    future: Ticket | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the values it writes."""
+        return sum(len(chunk.data) for chunk in self.chunks)
 
 
 async def wait_for(future: Future[T]) -> T:
     """Wait for the committer without blocking the loop. A cancellation waits too: what was handed over gets done."""
     try:
-        await _until_done(future)
+        await wait_until_done(future)
     except asyncio.CancelledError:
         if future.exception() is not None:
             logger.warning("A commit failed while its run was being cancelled: %s", mask(str(future.exception())))
@@ -83,14 +99,21 @@ async def wait_for(future: Future[T]) -> T:
     return future.result()
 
 
-async def _until_done(future: Future[Any]) -> None:
-    """Return when ``future`` is done, whatever came of it."""
+async def wait_until_done(future: Future[Any] | Ticket) -> None:
+    """Return when ``future`` is done, whatever came of it. A cancellation is raised then, not before."""
+    if future.done():
+        return
     loop = asyncio.get_running_loop()
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
         # A waiter of our own each time: cancelling this task cancels the waiter, never the work handed over.
         waiter: asyncio.Future[None] = loop.create_future()
-        future.add_done_callback(lambda _, waiter=waiter: _wake(loop, waiter))  # type: ignore[misc]
+        if isinstance(future, Ticket):
+            future.wake(loop, waiter)
+            if future.done():
+                break
+        else:
+            future.add_done_callback(lambda _, waiter=waiter: _wake(loop, waiter))  # type: ignore[misc]
         try:
             await waiter
         except asyncio.CancelledError as error:
@@ -126,6 +149,7 @@ class RunCommits:
         """The state that a durable commit ended the session with."""
         self._config = config
         self._committer = committer
+        self._retention = retention_of(config)
         self._run_id = run.run_id
         self._token = run.token
         self._executor_type = ExecutorType(run.executor_type)
@@ -147,19 +171,24 @@ class RunCommits:
         """Whether a commit that ends the session is on its way."""
         return any(commit.state is not None for commit in self._pending)
 
-    def put(self, commit: Pending) -> None:
-        """Hand a commit over, or, after a refused one, keep it until that is made up for; ``settle`` sees to it."""
+    def put(self, commit: Pending, *, alone: bool = False) -> None:
+        """Hand a commit over, or, after a refused one, keep it until that is made up for; ``settle`` sees to it.
+
+        ``alone`` says that the run does nothing else until the commit is made: see ``Committer.hand_over``.
+        """
         self._made += 1
         commit.order = self._made
         if not self._lost_track:
-            self._submit(commit)
+            self._submit(commit, alone and not self._pending)
         self._pending.append(commit)
 
     async def settle(self, *, wait: bool = True) -> None:
         """Wait for the commits made so far, after making up for refused ones; not for those under way unless ``wait``.
 
-        Raises ``StorageError`` for a refused commit unless ``on_commit_error`` is "continue": then it is reported as
-        a problem, and what it carried is handed over again at the next call. Raises ``LeaseLost``.
+        With more than ``MAX_UNDER_WAY`` commits under way this waits for the oldest in any case: a store that is slower
+        than its run holds the run up, rather than have its memory fill. Raises ``StorageError`` for a refused commit
+        unless ``on_commit_error`` is "continue": then it is reported as a problem, and what it carried is handed over
+        again at the next call. Raises ``LeaseLost``.
         """
         upto = self._made
         if self._lost_track and not await self._recover():
@@ -167,9 +196,9 @@ class RunCommits:
         while self._pending and self._pending[0].order <= upto and not self._lost_track:
             first = self._pending[0]
             assert first.future is not None  # only after a refused one is a commit not handed over
-            if not wait and not first.future.done():
+            if not wait and not first.future.done() and not self._is_full():
                 return
-            await _until_done(first.future)
+            await wait_until_done(first.future)
             if not self._pending or self._pending[0] is not first:
                 continue  # another step of the run saw to it
             try:
@@ -183,7 +212,13 @@ class RunCommits:
             else:
                 self._durable(first)
 
-    def _check(self, future: Future[None]) -> None:
+    def _is_full(self) -> bool:
+        """Whether so much is under way that the run has to wait for the store, whatever its durability."""
+        if len(self._pending) > MAX_UNDER_WAY:
+            return True
+        return len(self._pending) > 1 and sum(each.size for each in self._pending) > MAX_BYTES_UNDER_WAY
+
+    def _check(self, future: Ticket) -> None:
         try:
             future.result()
         except RunNotFound:
@@ -205,7 +240,7 @@ class RunCommits:
                 return True  # another step of the run was first
             for each in list(self._pending):
                 if each.future is not None:
-                    await _until_done(each.future)
+                    await wait_until_done(each.future)
             run_id = self._run_id
             try:
                 record, state = await wait_for(self._committer.call(lambda storage: _standing(storage, run_id)))
@@ -272,12 +307,13 @@ class RunCommits:
 
     # --- handing over -------------------------------------------------------------------------------------------
 
-    def _submit(self, pending: Pending) -> None:
+    def _submit(self, pending: Pending, alone: bool = False) -> None:
         body: bytes | None = None
         if pending.progress is not None:
-            checkpoint = self._checkpoint(pending.progress)
-            body = stored.body_of(checkpoint, digest=pending.digest)
-            self.checkpoint_id = pending.checkpoint_id = checkpoint.id
+            body = self._body(pending.progress, pending.digest)
+            self.checkpoint_id = pending.checkpoint_id = checkpoint_id(
+                self._run_id, pending.progress.node_id, self._sequence + 1
+            )
         commit = Commit(
             run_id=self._run_id,
             token=self._token,
@@ -290,32 +326,33 @@ class RunCommits:
             state=pending.state,
             error=pending.error,
             release=pending.state is not None,
-            retention=retention_of(self._config),
+            retention=self._retention,
             journal_done=pending.journal_done,
             wake_at=pending.wake_at,
+            progress=any(record.get("kind") in _PROGRESS for record in pending.records),
         )
-        pending.future = self._committer.commit(commit)
+        pending.future = self._committer.hand_over(commit, alone=alone)
         self._sequence += 1
         pending.sequence = self._sequence
 
-    def _checkpoint(self, progress: Progress) -> Checkpoint:
+    def _body(self, progress: Progress, digest: str) -> bytes:
         is_graph = self._executor_type is ExecutorType.GRAPH
-        return Checkpoint(
-            id=checkpoint_id(self._run_id, progress.node_id, self._sequence + 1),
-            run_id=self._run_id,
-            executor_type=self._executor_type,
-            created_at=datetime.now(),
-            current_node_id=progress.node_id if is_graph else None,
-            current_step_id=None if is_graph else progress.node_id,
-            next_node_id=progress.next_id,
+        return stored.encode_body(
+            executor=self._executor_type.value,
+            at=datetime.now(),
+            status=progress.status.value,
             step_number=progress.step_number,
-            total_tokens=progress.total_tokens,
-            total_latency_ms=progress.total_latency_ms,
-            total_cost=progress.total_cost,
-            position=dict(progress.position),
-            status=progress.status,
-            steps=dict(progress.steps),
-            context=dict(progress.context),
+            tokens=progress.total_tokens,
+            latency_ms=progress.total_latency_ms,
+            digest=digest,
+            node=progress.node_id if is_graph else None,
+            step=None if is_graph else progress.node_id,
+            next_id=progress.next_id,
+            position=progress.position,
+            context=progress.context,
+            steps={key: record.model_dump() for key, record in progress.steps.items()} if progress.steps else None,
+            cost=progress.total_cost,
+            plain=progress.plain,
         )
 
 

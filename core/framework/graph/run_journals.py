@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Iterable, Mapping
+import uuid
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from framework.graph.budget import RunBudget
-from framework.graph.journal import AttemptJournal, StepJournal
+from framework.errors import UnstorableValue
+from framework.graph.budget import BudgetGate, RunBudget
+from framework.graph.journal import AttemptJournal, StepJournal, request_hash
 from framework.graph.journal_llm import JournaledLLM
 from framework.graph.node_base import NodeContext
 from framework.graph.run_session import RunSession
@@ -40,6 +42,7 @@ class RunJournals:
     budget: RunBudget | None = None
     _open: dict[str, _Open] = field(default_factory=dict)
     _left: dict[str, Spent] = field(default_factory=dict)
+    _gate: BudgetGate | None = None
 
     def __post_init__(self) -> None:
         if self.session is not None:
@@ -49,7 +52,7 @@ class RunJournals:
     def unfinished(self) -> Spent:
         """What steps that are not finished have spent."""
         total = NOTHING
-        for spent in (*self._left.values(), *(each.journal.spent for each in self._open.values())):
+        for spent in (*self._left.values(), *(each.journal.spent for each in tuple(self._open.values()))):
             total += spent
         return total
 
@@ -64,8 +67,9 @@ class RunJournals:
             total = spent + self.unfinished
             self.budget.check(self.run_id, total.tokens, total.cost)
 
-    def open(self, step: str, key: str, totals: Any) -> None:
-        """A visit of the step ``step`` begins; ``totals`` is what has the run's ``spent``."""
+    def open(self, step: str, key: str, totals: Any, given: Callable[[], Any] | None = None) -> None:
+        """A visit of the step ``step`` begins; ``totals`` is what has the run's ``spent``, and ``given`` says what the
+        step is given: its input and the state."""
         if self.session is None and self.budget is None:
             return
         journal = StepJournal(step, key, spent=self._left.pop(step, NOTHING))
@@ -75,8 +79,17 @@ class RunJournals:
             journal.must_load = self.session.has_journal(step)
             journal.keep_on_retry = config.keep_journal_on_retry
             journal.sleep_in_process_seconds = config.sleep_in_process_seconds
+            journal.counted = journal.last = self.session.journal_counted.get(step, 0)
+            if given is not None:
+                journal.given = _Given(given)
+                journal.rewound = self.session.rewound
+                journal.unsure = journal.rewound or self.session.has_uncommitted
+                if journal.unsure:
+                    journal.given()  # now, before the step can change it
         if self.budget is not None:
-            journal.before_model = lambda: self.check(totals.spent)
+            if self._gate is None:
+                self._gate = BudgetGate(self.run_id, self.budget, lambda: totals.spent + self.unfinished)
+            journal.before_model = self._gate
         self._open[step] = _Open(journal)
 
     def attach(self, step: str, ctx: NodeContext) -> NodeContext:
@@ -105,11 +118,34 @@ class RunJournals:
         found = self._open.get(step)
         return found.attempt.take_problems() if found is not None and found.attempt is not None else []
 
-    async def failed(self, step: str) -> None:
-        """The step failed after its node had succeeded: its journal is as that of any failed attempt."""
+    def counted(self, step: str, *, failed: bool = False) -> None:
+        """What the visit has spent is in the run's totals now; of one that ``failed`` its record counts all calls."""
         found = self._open.get(step)
-        if found is not None and found.attempt is not None:
+        if found is not None:
+            found.journal.spent = NOTHING
+            if failed:
+                found.journal.counted = found.journal.last
+
+    def counting(self, step: str) -> dict[str, Any]:
+        """What the record of a failed attempt of the step says besides: up to which call it counts what calls took."""
+        found = self._open.get(step)
+        return {"journaled": [step, found.journal.counted]} if found is not None and found.journal.counted else {}
+
+    async def afresh(self, step: str, llm: Any, visit: Any) -> Any:
+        """The model for the way on from a step that failed, in a journal that begins afresh; ``None`` without one.
+
+        Of a node that succeeded itself the journal becomes as that of any failed attempt first."""
+        found = self._open.get(step)
+        if found is None or found.attempt is None:
+            return None
+        if visit.result.success:
             await found.attempt.failed()
+        if llm is None:
+            return None
+        found.attempt = AttemptJournal(found.journal)
+        await found.attempt.begin()
+        found.journal.spent += visit.last  # which the run's totals take up together with what this way takes
+        return JournaledLLM(llm, found.attempt, found.journal.before_model)
 
     def close(self, step: str, *, finished: bool) -> None:
         """The visit is over. One that is not ``finished`` has spent what a later one will count."""
@@ -120,6 +156,29 @@ class RunJournals:
             found.attempt.close()
         if not finished and found.journal.spent is not NOTHING:
             self._left[step] = found.journal.spent
+
+
+class _Given:
+    """The hash of what a step is given, made when it is first asked for and then kept. One is made for each visit."""
+
+    __slots__ = ("_given", "_hash")
+
+    def __init__(self, given: Callable[[], Any]) -> None:
+        self._given: Callable[[], Any] | None = given
+        self._hash = ""
+
+    def __call__(self) -> str:
+        if self._given is not None:
+            self._hash = _hash_of(self._given)
+            self._given = None
+        return self._hash
+
+
+def _hash_of(given: Callable[[], Any]) -> str:
+    try:
+        return request_hash(given(), "given")
+    except UnstorableValue:  # which is equal to nothing else
+        return uuid.uuid4().hex
 
 
 @dataclass(slots=True)
@@ -163,8 +222,7 @@ class Waits:
         return due is not None and due - time.time() <= session.config.sleep_in_process_seconds
 
     def wake_at(self, held: Iterable[str]) -> float | None:
-        """When a run that holds these steps is due; ``None`` while it also waits for a person to go on at all."""
-        steps = set(held)
-        if not steps or not steps <= set(self.by_step):
-            return None
-        return wake_at(each for step in steps for each in self.by_step[step])
+        """When a run that holds these steps is due: the earliest time of all that they wait for, ``None`` without any.
+
+        Others of them may wait for a person; what is due goes on without."""
+        return wake_at(each for step in held for each in self.by_step.get(step, ()))

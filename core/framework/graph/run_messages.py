@@ -11,11 +11,22 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from framework._secrets import masked_traceback
+from framework.errors import RunError
 from framework.storage.records import Message
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+LET_GO = "surefoot: let the run go"
+"""Say this when the process is to end and not the run: ``task.cancel(LET_GO)`` on a task that executes one.
+
+The executor finishes the commit under way, releases the lease and records no end, then raises ``CancelledError`` as for
+any cancellation. The run stands as after a crash, without anything to wait for: the next process that looks for crashed
+runs takes it up at once. Without checkpoints there is nothing to take up, and the run's record ends as cancelled."""
 
 CANCELLED_ON_REQUEST = "cancelled on request"
 """The error of a run that was cancelled by ``CheckpointManager.cancel``."""
@@ -42,14 +53,40 @@ class Inbox:
         self._loop = asyncio.get_running_loop()
         self._seen: dict[str, Message] = {}
         self._listeners: dict[object, Callable[[Message], None]] = {}
-        self._stop: Callable[[], None] | None = None
+        self._stop: Callable[[str | None], None] | None = None
+        self._error: RunError | None = None
+
+    def tell(self, listener: Callable[[T], None]) -> Callable[[T], None]:
+        """``listener``, to be called from any thread: it runs in the run's event loop."""
+
+        def told(value: T) -> None:
+            self.call(lambda: listener(value))
+
+        return told
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call ``function`` in the run's event loop, from any thread."""
+        try:
+            self._loop.call_soon_threadsafe(function)
+        except RuntimeError:
+            logger.debug("something for run %r came after its event loop was closed", self._run_id)
+
+    def stop(self, error: RunError | None) -> None:
+        """Stop what runs inside ``stoppable``: it raises ``error`` then, ``CancelRequested`` for ``None``."""
+        self._error = self._error or error
+        self.cancel_requested.set()
+        if self._stop is not None:
+            self._stop(None)
+
+    def let_go(self) -> bool:
+        """Cancel the task that runs the block of ``stoppable``, if one does, as ``LET_GO`` says; in the loop."""
+        if self._stop is not None:
+            self._stop(LET_GO)
+        return self._stop is not None
 
     def deliver(self, messages: Sequence[Message]) -> None:
         """Take messages over from any thread; those known already are passed over."""
-        try:
-            self._loop.call_soon_threadsafe(self._take, messages)
-        except RuntimeError:
-            logger.debug("a message to run %r came after its event loop was closed", self._run_id)
+        self.call(lambda: self._take(messages))
 
     def _take(self, messages: Sequence[Message]) -> None:
         for message in messages:
@@ -57,9 +94,7 @@ class Inbox:
                 continue
             self._seen[message.name] = message
             if message.name == self._cancel:
-                self.cancel_requested.set()
-                if self._stop is not None:
-                    self._stop()
+                self.stop(None)
             if message.name.startswith(_CANCEL):
                 continue
             for listener in list(self._listeners.values()):
@@ -89,16 +124,16 @@ class Inbox:
     def stoppable(self) -> Iterator[None]:
         """Run a block of the current task until cancellation is requested; see ``RunSession.stoppable``."""
         if self.cancel_requested.is_set():
-            raise CancelRequested
+            raise self._error or CancelRequested
         task = asyncio.current_task()
         assert task is not None
         before = task.cancelling()
         stopped = False
 
-        def stop() -> None:
+        def stop(message: str | None) -> None:
             nonlocal stopped
-            stopped = True
-            task.cancel()
+            stopped = stopped or message is None
+            task.cancel(message)
 
         self._stop = stop
         try:
@@ -106,7 +141,7 @@ class Inbox:
         except asyncio.CancelledError:
             # As asyncio.timeout does: ours only if nobody else wants this task to end.
             if stopped and task.uncancel() <= before:
-                raise CancelRequested from None
+                raise (self._error or CancelRequested()) from None
             raise
         except BaseException:
             if stopped:

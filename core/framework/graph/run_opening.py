@@ -14,6 +14,7 @@ from framework.schemas.checkpoint import CheckpointStatus, ExecutorType
 from framework.schemas.run import RunState
 from framework.storage import checkpoints as stored
 from framework.storage import codec
+from framework.storage.compression import pack_run
 from framework.storage.interface import Storage
 from framework.storage.ownership import is_alive
 from framework.storage.records import Damage, NewRun, RunRecord
@@ -66,6 +67,8 @@ class Restored:
     error: str | None
     journal: Mapping[str, Spent] = field(default_factory=dict)
     """The steps that have journal rows, and what their questions to models took that no record counts yet."""
+    journal_counted: Mapping[str, int] = field(default_factory=dict)
+    """Up to which number of a call the records count what calls took, by step."""
 
     @property
     def rewinds(self) -> bool:
@@ -86,7 +89,7 @@ def open_run(
         if storage.find_run(new.run_id) is None:
             if definition.must_exist:
                 raise RunNotFound(new.run_id)
-            return storage.open_run(new, owner, lease_seconds), None
+            return storage.open_run(pack_run(storage, new), owner, lease_seconds), None
     except RunExists:
         pass  # accepted elsewhere between the two calls: take it as found
     for _ in range(_CLAIM_ATTEMPTS):
@@ -112,7 +115,8 @@ def open_run(
             continue  # its owner committed once more in between; what was read is old
         if record.sequence != restored.sequence:
             continue  # and completed it with that
-        if restored.rewinds and record.state is RunState.COMPLETED:
+        older = bool(restored.damage) and restored.checkpoint_sequence < restored.sequence
+        if (restored.rewinds or older) and record.state is RunState.COMPLETED:
             listing = "; ".join(f"{item.where}: {item.problem}" for item in restored.damage[:5])
             raise ResumeError(
                 new.run_id,
@@ -123,16 +127,24 @@ def open_run(
         if restored.rewinds:
             storage.rewind(record.run_id, record.token, restored.checkpoint_sequence)
         state = _as_told(record.state, restored.body, [*restored.records, *restored.later])
-        journal = {} if record.state is RunState.COMPLETED else _journal(storage, record.run_id)
-        return record, replace(restored, found=state, error=record.error, journal=journal)
+        counted = _counted([*restored.records, *restored.later])
+        journal = {} if record.state is RunState.COMPLETED else _journal(storage, record.run_id, counted)
+        return record, replace(restored, found=state, error=record.error, journal=journal, journal_counted=counted)
     raise ResumeError(new.run_id, f"Run {new.run_id!r} kept changing while it was being claimed; call again.")
 
 
-def _journal(storage: Storage, run_id: str) -> dict[str, Spent]:
+def _counted(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    counted: dict[str, int] = {}
+    for step, number in (record["journaled"] for record in records if "journaled" in record):
+        counted[step] = max(number, counted.get(step, 0))
+    return counted
+
+
+def _journal(storage: Storage, run_id: str, counted: Mapping[str, int]) -> dict[str, Spent]:
     """Read after the run was claimed: until then its last owner may write. Damage is told when a step reads its own."""
     rows = storage.read_journal(run_id, on_damage=lambda item: None)
     return {
-        step: journal_rows.fold(journal_rows.parse(group)).spent
+        step: journal_rows.fold(journal_rows.parse(group, lenient=True), counted.get(step, 0)).spent
         for step, group in groupby(rows, key=lambda row: row.step)
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from framework import _faults
-from framework.errors import StorageError, SurefootError
+from framework.errors import LeaseLost, RunError, StorageError, SurefootError
+from framework.graph import stopping
 from framework.graph.cancelling import LEFT
 from framework.graph.checkpoint_rules import is_due
 from framework.graph.memory import SharedMemory
@@ -40,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 _LAST_ATTEMPTS = 6
 """How often a run's last commit is tried under ``on_commit_error="continue"``: no later one could make up for it."""
+
+_ASSURED_LOOK_SECONDS = 0.5
+"""How often to look, at most, whether a lease that may have ended was renewed."""
 
 _LAST_DELAY_SECONDS = 0.05
 """Before the second of them; doubled before each further one, 1.55 s in all."""
@@ -102,6 +107,7 @@ async def open_session(
     )
     owner = new_owner()
     lease = config.lease_seconds
+    asked = time.monotonic()
     allow_change = config.definition_change == "allow"
     try:
         record, restored = await wait_for(
@@ -119,7 +125,7 @@ async def open_session(
     if restored is not None and restored.found is RunState.COMPLETED:
         retire(owner)
         return Opened(None, restored)
-    session = RunSession(config, committer, record, owner, tracker, on_problem)
+    session = RunSession(config, committer, record, owner, tracker, on_problem, asked)
     if restored is not None:
         session.take_up(restored)
     return Opened(session, restored)
@@ -136,8 +142,11 @@ class RunSession:
         owner: str,
         tracker: StateTracker,
         on_problem: Callable[[str], None],
+        since: float,
     ) -> None:
         self.run_id = run.run_id
+        self.recovery_attempts = run.recovery_attempts
+        """How often in a row the run was taken over from a process that vanished, this time included."""
         self._config = config
         self._committer = committer
         self._owner = owner
@@ -154,9 +163,15 @@ class RunSession:
         self._ended = False
         self._journaled: set[str] = set()
         self._journal_spent: dict[str, Spent] = {}
+        self._journal_counted: Mapping[str, int] = {}
+        self._rewound = False
         self._journal_done: list[str] = []
         self._inbox = Inbox(run.run_id, run.token)
-        committer.hold(self.run_id, self._token, config.lease_seconds, self._inbox.deliver)
+        self._lost: RunError | None = None
+        self._stopping = False
+        deliver, lose = self._inbox.deliver, self._inbox.tell(self._lose)
+        committer.heartbeat.hold(self.run_id, self._token, config.lease_seconds, deliver, lose, since=since)
+        stopping.add(self)
 
     @property
     def checkpoint_id(self) -> str | None:
@@ -168,6 +183,8 @@ class RunSession:
         self._commits.checkpoint_id = restored.checkpoint_id
         self._journaled.update(restored.journal)
         self._journal_spent = {step: spent for step, spent in restored.journal.items() if spent is not NOTHING}
+        self._journal_counted = restored.journal_counted
+        self._rewound = restored.rewinds
         self._saved_step = int(restored.body.get("step_number") or 0)
         if restored.rewinds:
             self._records.append({"kind": "rewind", "to": restored.checkpoint_sequence})
@@ -206,6 +223,42 @@ class RunSession:
         run_id = self.run_id
         return public(await wait_for(self._committer.call(lambda storage: storage.read_messages(run_id))))
 
+    def _lose(self, error: RunError) -> None:
+        """The lease is another's, as the heartbeat found out: what is in flight here is worth nothing any more."""
+        if not self._ended and not self._commits.ending and self._commits.ended is None:
+            self._lost = error
+            if isinstance(error, LeaseLost):  # of a run that was deleted the next commit tells
+                self._inbox.stop(error)
+
+    def stop_at_commit(self) -> None:
+        """Have the run let go (``cancelling.LET_GO``) as soon as its next step, or failed attempt, is committed.
+
+        From any thread. What is in flight beside that is cut, and runs again in the next process.
+        """
+        self._inbox.call(self._ask_to_stop)
+
+    def _ask_to_stop(self) -> None:
+        self._stopping = True
+
+    async def _may_go_on(self) -> None:
+        """Return when another step may begin: while the lease is certain, and nobody asked to stop.
+
+        Raises ``LeaseLost``. A store that cannot be reached makes the run wait here once its lease may have ended: then
+        another process may have the run, and whatever a further step did would be done twice.
+        """
+        if self._stopping and self._inbox.let_go():
+            await asyncio.get_running_loop().create_future()
+        beat, told = self._committer.heartbeat, False
+        while not self._ended and not beat.is_assured(self.run_id, self._token):
+            if self._lost is not None or self._stopping:
+                break
+            if not told:
+                told = True
+                self._on_problem("The lease may have ended, as it could not be renewed: no step begins until it is.")
+            await asyncio.sleep(min(_ASSURED_LOOK_SECONDS, self._config.lease_seconds / 10))
+        if self._lost is not None:
+            raise self._lost
+
     # --- the journal --------------------------------------------------------------------------------------------
 
     @property
@@ -228,7 +281,7 @@ class RunSession:
         return self._committer.journal(JournalWrite(self.run_id, self._token, rows))
 
     def read_journal(self, step: str) -> Future[list[JournalRow]]:
-        """A step's journal rows; damaged ones are reported as problems and left out."""
+        """A step's journal rows; damaged ones are reported as problems, and have an empty record."""
         run_id, damage = self.run_id, self._on_problem
         told: list[Damage] = []
 
@@ -236,7 +289,7 @@ class RunSession:
             rows = storage.read_journal(run_id, step, told.append)
             for item in told:
                 damage(f"{item.where} of run {run_id!r} is damaged, so a call may be made again: {item.problem}")
-            return rows
+            return [*rows, *(JournalRow(step, item.number or 0, b"") for item in told)]
 
         return self._committer.call(read)
 
@@ -244,6 +297,26 @@ class RunSession:
         """As ``messages``, for whoever waits in another way."""
         run_id = self.run_id
         return self._committer.call(lambda storage: public(storage.read_messages(run_id)))
+
+    def leave_message(self, name: str, body: bytes) -> Future[None]:
+        """Leave the run a message itself, so that nobody else can under this name; see ``Storage.send``."""
+        run_id = self.run_id
+        return self._committer.call(lambda storage: storage.send(run_id, name, body))
+
+    @property
+    def has_uncommitted(self) -> bool:
+        """Whether steps are finished that no durable commit, or none on its way, has taken up."""
+        return self._commits.lost_track or any(kept["kind"] == "step" for kept in self._records)
+
+    @property
+    def rewound(self) -> bool:
+        """Whether the run goes on from a state that is older than the newest commit: steps after it run again."""
+        return self._rewound
+
+    @property
+    def journal_counted(self) -> Mapping[str, int]:
+        """Up to which number of a call the run's records count what calls took, by step; of those found on a resume."""
+        return self._journal_counted
 
     @property
     def journal_spent(self) -> dict[str, Spent]:
@@ -280,6 +353,7 @@ class RunSession:
         if self._config.durability != "exit" and not waiting:
             self._put(None)
             await self._settle()
+        await self._may_go_on()
 
     def keep_attempt(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
         """Keep a failed attempt for the next commit: the last one, which the run's ending follows."""
@@ -327,16 +401,13 @@ class RunSession:
         self._events.extend(events)
         if journal in self._journaled and not self._config.keep_journal:
             self._journal_done.append(journal)
+        if state is not None or self._commits_now(quiet, progress):
+            _faults.reach("commit.before")
+            self._put(progress, state=state, checked=checked, wake_at=wake_at, alone=quiet)
+            await self._settle(state)
+            _faults.reach("commit.after")
         if state is None:
-            if self._config.durability == "exit":
-                return
-            # A commit that also takes up earlier steps must find every branch at rest.
-            if self._config.save_frequency != "every_node" and not (quiet and self._is_due(progress)):
-                return
-        _faults.reach("commit.before")
-        self._put(progress, state=state, checked=checked, wake_at=wake_at)
-        await self._settle(state)
-        _faults.reach("commit.after")
+            await self._may_go_on()
 
     async def end(
         self,
@@ -429,10 +500,17 @@ class RunSession:
 
     def _close(self) -> None:
         self._ended = True
-        self._committer.drop(self.run_id, self._token)
+        self._committer.heartbeat.drop(self.run_id, self._token)
+        stopping.discard(self)
         retire(self._owner)
 
     # --- commits ------------------------------------------------------------------------------------------------
+
+    def _commits_now(self, quiet: bool, progress: Progress) -> bool:
+        if self._config.durability == "exit":
+            return False
+        # A commit that also takes up earlier steps must find every branch at rest.
+        return self._config.save_frequency == "every_node" or (quiet and self._is_due(progress))
 
     def _is_due(self, progress: Progress) -> bool:
         """Whether a multiple of ``n_nodes`` was reached since the last checkpoint, maybe before this quiet moment."""
@@ -447,8 +525,9 @@ class RunSession:
         error: str | None = None,
         checked: tuple[Mapping[str, SharedMemory], Staged] | None = None,
         wake_at: float | None = None,
+        alone: bool = False,
     ) -> None:
-        """Make one commit of everything collected."""
+        """Make one commit of everything collected. ``alone``: the run does nothing else meanwhile."""
         commit = Pending(self._records, self._events, progress=progress, state=state, error=error, wake_at=wake_at)
         if state is RunState.COMPLETED and self._journaled and not self._config.keep_journal:
             # With what is left of steps that a resume did not come to again.
@@ -466,7 +545,7 @@ class RunSession:
             self._scopes, self._over = {}, set()
             self._saved_step = progress.step_number
         self._records, self._events = [], []
-        self._commits.put(commit)
+        self._commits.put(commit, alone=alone and self._config.durability != "async")
 
     async def _settle(self, state: RunState | None = None) -> None:
         """Wait for what was made as the durability asks; always when a ``state`` ends the run."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from framework.graph import readable
 from framework.graph.checkpoint_diff import Change, diff_checkpoints, find_checkpoint, state_at
+from framework.graph.crash_loops import is_given_up
 from framework.graph.edge import GraphSpec
 from framework.graph.journal_rows import CallState
 from framework.graph.plan import Plan
@@ -93,6 +94,8 @@ class RunView:
 
     ``state`` is ``crashed`` also when the owner's process is certainly gone, though its lease lasts. ``owner`` and
     ``lease_seconds_left`` are ``None`` when nobody holds it; ``asked_to_stop``: somebody asked its owner to cancel it.
+    ``recovery_attempts`` is how often in a row it was taken over from a process that vanished, with no progress since;
+    ``given_up`` says that it failed because that was too often.
     ``steps_taken`` counts visits (of a plan: attempts), ``cost`` is in USD and 0.0 when no price is known.
     ``checkpoints`` is how many are kept, ``first`` and ``last`` their sequences. ``steps`` are the visits in the order
     they were committed, then those to come; of a plan all its steps. ``calls`` are those recorded inside steps that
@@ -111,6 +114,7 @@ class RunView:
     owner: str | None
     lease_seconds_left: float | None
     recovery_attempts: int
+    given_up: bool
     asked_to_stop: bool
     error: str | None
     input: Mapping[str, Any]
@@ -166,6 +170,7 @@ def view_run(
         owner=record.owner,
         lease_seconds_left=max(0.0, record.lease_until - clock()) if record.owner else None,
         recovery_attempts=record.recovery_attempts,
+        given_up=is_given_up(record),
         asked_to_stop=run.asked_to_stop and run.state in (RunState.RUNNING, RunState.CRASHED),
         error=record.error,
         input=_input(run),

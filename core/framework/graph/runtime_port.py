@@ -90,6 +90,27 @@ class RuntimePort:
                 logger.error("The runtime failed to end its record of a run:\n%s", masked_traceback(error))
         await self._save()
 
+    def end_now(self, narrative: str) -> None:
+        """End the run's record as cancelled, where nothing can be waited for: its coroutine is being closed, from any
+        context, so only a runtime that ends a run by its id is asked to."""
+        if not _accepts(self._runtime.end_run, "run_id"):
+            return
+        arguments: dict[str, Any] = {
+            "success": False,
+            "narrative": narrative,
+            "output_data": {},
+            "run_id": self._run_id,
+        }
+        if _accepts(self._runtime.end_run, "status"):
+            arguments["status"] = RunStatus.CANCELLED
+        with self._deferring():
+            try:
+                self._runtime.end_run(**arguments)
+            except Exception as error:  # any runtime may be plugged in
+                logger.error("The runtime failed to end its record of a run:\n%s", masked_traceback(error))
+        saves, self._saves = self._saves, []
+        _run_all(saves)
+
     def _deferring(self) -> AbstractContextManager[Any]:
         return _manager(self._runtime, "deferring_saves", self._saves)
 

@@ -1,9 +1,10 @@
 """What of the state changed since the last commit: encodes values, compares, and yields chunks.
 
-Correctness first: a container that anybody may hold (it was written, read or passed on) is encoded again at every
-commit, so a change in place is caught. Skipped are only values that cannot have changed: immutable ones under the
-same identity, and containers restored from the store that nobody has read since. A key declared append-only is taken
-at its word, and costs what is new.
+Correctness first: a container that anybody may hold (it was written, read or passed on) is looked at again at every
+commit, so a change in place is caught. Not encoded are only values that provably give the same bytes: immutable ones
+under the same identity, containers restored from the store that nobody has read since, and lists and dicts that hold
+the very objects they held (see ``shadows``); of a list that grew, only the new part is. A key declared append-only is
+taken at its word, and not even looked at.
 
 One object under two keys (a function's return value is also its ``result``) is stored once, and as a reference under
 the other key; so it is one object again after a restore, and costs nothing twice.
@@ -12,17 +13,22 @@ the other key; so it is one object again after a restore, and costs nothing twic
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from framework.graph.memory import IMMUTABLE, PIPE_KEY, SharedMemory
+from framework.graph.shadows import Shadow, shadow_of
+from framework.graph.sole_holders import held_by_these_only
 from framework.storage import chunks as chunklib
 from framework.storage import codec
 from framework.storage.checkpoints import SCOPE_MARK, State, check_key, format_digest
 from framework.storage.chunks import Chunk, state_digest
 
 _APPENDABLE: dict[type, bytes] = {list: b"[", str: b'"'}
+_SHADOWED = frozenset({list, dict})
 _REF = b'{"$t":"ref"'
+_WORTH_A_SHADOW = 2048
+"""Bytes from which a value's shadow is kept; shorter ones are encoded as fast as compared."""
 _SHORT = 64
 """Texts and bytes up to this length are stored again rather than referred to."""
 
@@ -31,16 +37,26 @@ _SHORT = 64
 class _Known:
     """A key as last committed.
 
-    ``value`` is the live object, ``data`` its bytes (``None`` for append-only keys), ``length`` and ``kind`` what an
-    append needs. ``refs`` are the keys of the same scope that the bytes refer to, with the objects meant.
+    ``value`` is the live object, ``parts`` its bytes in pieces (``None`` for append-only keys), ``length`` and ``kind``
+    what an append needs, ``shadow`` what it held (see ``shadows``; shared by successive ones of a growing list).
+    ``refs`` are the keys of the same scope that the bytes refer to, with the objects meant.
     """
 
     value: Any
-    data: bytes | None
+    parts: list[bytes] | None
     length: int
     kind: bytes
     refs: tuple[tuple[str, Any], ...] = ()
     is_ref: bool = False
+    shadow: Shadow | None = None
+
+    def data(self) -> bytes | None:
+        """The stored bytes of the whole value."""
+        if self.parts is None:
+            return None
+        if len(self.parts) > 1:
+            self.parts[:] = [chunklib.join_appends(self.parts[0], self.parts[1:])]
+        return self.parts[0]
 
 
 @dataclass(slots=True)
@@ -82,7 +98,7 @@ class StateTracker:
             value = values[full]
             is_ref = data.startswith(_REF)
             refs = self._refs_in(data, branch, values) if _REF in data else ()
-            kept = None if self._is_append_only(full, value) and not is_ref else data
+            kept = None if self._is_append_only(key, value) and not is_ref else [data]
             self._known[full] = _Known(value, kept, _length(value), data[:1], refs, is_ref)
             self._keys.setdefault(branch, set()).add(key)
         self._chains = dict(state.chains)
@@ -134,20 +150,47 @@ class StateTracker:
     def _stage_scope(self, staged: Staged, branch: str, memory: SharedMemory) -> None:
         own = memory.own
         homes: dict[int, str] | None = None
+        sealed = self._seal(branch, memory)
         for key, value in own.items():
             known = self._known.get(scoped(branch, key))
             if (
                 known is not None
                 and known.value is value
-                and (type(value) in IMMUTABLE or not memory.is_exposed(key))
+                and (type(value) in IMMUTABLE or not (memory.is_exposed(key) or key in sealed))
                 and all(own.get(target) is meant for target, meant in known.refs)
             ):
                 continue
             if homes is None:
                 homes = self._homes(branch, own)
-            self._stage_value(staged, branch, key, value, known, homes)
+            made = len(staged.chunks)
+            try:
+                self._stage_value(staged, branch, key, value, known, homes)
+            except BaseException:
+                for each in sealed:
+                    memory.expose(each)
+                raise
+            if key in sealed and made < len(staged.chunks):
+                memory.expose(key)  # what it holds is stored only once this is accepted
         for key in sorted(self._keys.get(branch, set()).difference(own)):
             self._add(staged, Chunk(scoped(branch, key), "delete", b""), None)
+
+    def _seal(self, branch: str, memory: SharedMemory) -> set[str]:
+        """The keys of containers that nobody else holds any more: they are looked at once again, and then no more."""
+        sealed = set()
+        for key in memory.take_idle():
+            known = self._known.get(scoped(branch, key))
+            if known is None or memory.own[key] is not known.value:
+                continue
+            # In this order: a thread that is handed the value from here on says so, and one that has it is counted.
+            memory.seal(key)
+            # A shadow of just what the value holds refers once to each container inside it.
+            inside = 0 if known.shadow is None else 1
+            same = known.shadow is None or known.shadow.is_same(known.value)
+            if same and held_by_these_only(known, key, memory.holders, inside):
+                sealed.add(key)
+            else:
+                memory.expose(key)
+        return sealed
 
     def _homes(self, branch: str, own: Mapping[str, Any]) -> dict[int, str]:
         """For each object worth sharing, by identity, the key under which it is stored itself.
@@ -155,14 +198,15 @@ class StateTracker:
         The key where it is stored already, if any; then a declared one; the pipe's ``result`` last.
         """
         homes: dict[int, tuple[int, str]] = {}
-        for key, value in own.items():
-            if not _is_shareable(value):
-                continue
+        shareable = [(key, value) for key, value in own.items() if _is_shareable(value)]
+        if len(shareable) < 2:
+            return {}
+        for key, value in shareable:
             full = scoped(branch, key)
             known = self._known.get(full)
             if known is not None and known.value is value and not known.is_ref:
                 rank = 0
-            elif self._is_append_only(full, value):
+            elif self._is_append_only(key, value):
                 rank = 1
             else:
                 rank = 3 if key == PIPE_KEY else 2
@@ -174,31 +218,57 @@ class StateTracker:
     def _stage_value(
         self, staged: Staged, branch: str, key: str, value: Any, known: _Known | None, homes: Mapping[int, str]
     ) -> None:
-        check_key(key)
         full = scoped(branch, key)
-        path = f"state.{key}" if key.isidentifier() else f"state[{key!r}]"
-        written, refs = _with_refs(branch, key, value, homes)
+        if known is None:
+            check_key(key)
+        written, refs = _with_refs(branch, key, value, homes) if homes else (value, ())
         is_ref = isinstance(written, codec.StateRef)
-        declared = self._is_append_only(full, value) and not is_ref
+        declared = self._is_append_only(key, value) and not is_ref
         if declared and known is not None and known.kind == _APPENDABLE[type(value)] and len(value) >= known.length:
             if len(value) == known.length:
                 staged.known[full] = _Known(value, None, known.length, known.kind)
                 return
-            tail = codec.encode(value[known.length :], f"{path}[{known.length}:]")
+            tail = codec.encode(value[known.length :], f"{_path(key)}[{known.length}:]")
             if tail[:1] == known.kind:
                 grown = _Known(value, None, len(value), known.kind)
                 self._add(staged, Chunk(full, "append", tail[1:-1]), grown)
                 return
-        data = codec.encode(written, path)
-        chunk = chunklib.diff_value(full, known.data if known is not None else None, data)
-        now = _Known(value, None if declared else data, _length(value), data[:1], refs, is_ref)
+        if written is value and known is not None and known.shadow is not None and not declared:
+            if known.shadow.is_same(value):
+                staged.known[full] = known if known.value is value else replace(known, value=value)
+                return
+            if known.shadow.begins(value) and self._stage_growth(staged, full, value, known):
+                return
+        # Before the bytes and looked at after them: a thread that a node left behind may change the value meanwhile.
+        shadow = shadow_of(value) if written is value and not declared and type(value) in _SHADOWED else None
+        data = codec.encode(written, _path(key))
+        chunk = chunklib.diff_value(full, known.data() if known is not None else None, data)
+        now = _Known(value, None if declared else [data], _length(value), data[:1], refs, is_ref)
+        if shadow is not None and len(data) >= _WORTH_A_SHADOW and shadow.is_same(value):
+            now.shadow = shadow
         if chunk is None:
             staged.known[full] = now
         else:
             self._add(staged, chunk, now)
 
+    def _stage_growth(self, staged: Staged, full: str, value: list[Any], known: _Known) -> bool:
+        """Stage the new part of a list whose old part is the same."""
+        assert known.shadow is not None
+        assert known.parts is not None
+        tail = value[len(known.shadow) :]
+        shadow = known.shadow.grown(tail)
+        if shadow is None:
+            return False
+        data = codec.encode(tail, f"{_path(_unscoped(full)[1])}[{len(known.shadow)}:]")
+        if not shadow.is_same(value):
+            return False
+        now = _Known(value, [*known.parts, data[1:-1]], len(value), known.kind, shadow=shadow)
+        self._add(staged, Chunk(full, "append", data[1:-1]), now)
+        return True
+
     def _add(self, staged: Staged, chunk: Chunk, known: _Known | None) -> None:
         before = self._chains.get(chunk.key, 0)
+        chunk = chunklib.summed(chunk)
         after = chunklib.chain(before, chunk)
         staged.chunks.append(chunk)
         staged.known[chunk.key] = known
@@ -206,8 +276,12 @@ class StateTracker:
         # The state's digest is the exclusive or of its chains: only what changes has to be counted.
         staged.total ^= before ^ after
 
-    def _is_append_only(self, full: str, value: Any) -> bool:
-        return _unscoped(full)[1] in self._append_only and type(value) in _APPENDABLE
+    def _is_append_only(self, key: str, value: Any) -> bool:
+        return key in self._append_only and type(value) in _APPENDABLE
+
+
+def _path(key: str) -> str:
+    return f"state.{key}" if key.isidentifier() else f"state[{key!r}]"
 
 
 def _is_shareable(value: Any) -> bool:

@@ -19,6 +19,7 @@ from framework.storage.ownership import effective_state
 from framework.storage.records import CheckpointRow, Damage, JournalRow, LogRow, Message, RunRecord
 
 _READ_ATTEMPTS = 5
+_MAX_READ_ATTEMPTS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +70,26 @@ class StoredRun:
 def read_stored(storage: Storage, run_id: str) -> StoredRun:
     """The run as it is. Raises ``RunNotFound``, ``StorageError`` when its record itself cannot be read.
 
-    A run that goes on meanwhile is read again, a few times, to be seen at one moment.
+    A run that goes on meanwhile is read again, a few times, to be seen at one moment. One that is seen to commit each
+    time may be shown with steps newer than its record; but never as it stood before its owner gave it up, since an
+    owner that is gone from a run that it held would look like a crash.
     """
-    for remaining in reversed(range(_READ_ATTEMPTS)):
+    for attempt in range(1, _MAX_READ_ATTEMPTS + 1):
         record = storage.find_run(run_id)
         if record is None:
             raise RunNotFound(run_id)
         found = _read(storage, record)
         now = storage.find_run(run_id)
-        if not remaining or now is None or (now.sequence, now.token) == (record.sequence, record.token):
+        if now is None or (now.sequence, _held(now)) == (record.sequence, _held(record)):
+            break
+        if attempt >= _READ_ATTEMPTS and _held(now) == _held(record):
             break
     return found
+
+
+def _held(record: RunRecord) -> tuple[RunState, str | None, int]:
+    """What a commit of a run that only goes on leaves as it was."""
+    return record.state, record.owner, record.token
 
 
 def _read(storage: Storage, record: RunRecord) -> StoredRun:

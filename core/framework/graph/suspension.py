@@ -19,8 +19,9 @@ class Waiting:
 
     ``message`` is the name of the message that ends the wait, empty for a sleep. ``until`` is when it ends by itself,
     in seconds since the epoch. ``call`` is the id of the call that waits, ``"<step>/<number>"``. ``name`` is what a
-    person answers by: the signal's name, the question's id, or the id of the call to be settled. ``question`` and
-    ``schema`` are those of ``ask``; of a settlement ``question`` says what is not known.
+    person answers by: the signal's name, the question's id, or the id of the call to be settled. ``occurrence`` counts
+    the run's waits for signals of one name, from 1. ``question`` and ``schema`` are those of ``ask``; of a settlement
+    ``question`` says what is not known. ``refused`` says why the node did not take the last answer to the question.
     """
 
     kind: WaitKind
@@ -30,6 +31,8 @@ class Waiting:
     until: float | None = None
     question: str | None = None
     schema: Any = None
+    occurrence: int = 1
+    refused: str | None = None
 
     def is_over(self, messages: Container[str], now: float) -> bool:
         """Whether the step can go on: ``messages`` are the names of those left for the run."""
@@ -38,6 +41,7 @@ class Waiting:
     def to_json(self) -> dict[str, Any]:
         """As plain data; what is empty is left out."""
         values = {name: getattr(self, name) for name in self.__slots__}
+        values["occurrence"] = self.occurrence if self.occurrence != 1 else None
         return {name: value for name, value in values.items() if value not in (None, "")}
 
     @classmethod
@@ -52,9 +56,11 @@ class Waiting:
             case "sleep":
                 return "sleeps until it is due"
             case "signal":
-                return f"waits for the signal {self.name!r}"
+                which = f" (number {self.occurrence})" if self.occurrence > 1 else ""
+                return f"waits for the signal {self.name!r}{which}"
             case "answer":
-                return f"asks {self.question!r} (question {self.name!r})"
+                refused = f"; the last answer was refused: {self.refused}" if self.refused else ""
+                return f"asks {self.question!r} (question {self.name!r}){refused}"
             case _:
                 return f"waits for {self.name!r} to be settled: {self.question}"
 

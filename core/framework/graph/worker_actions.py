@@ -17,7 +17,7 @@ from framework.graph.calls import KEY, StepThreads, tokens_of, tool_takes_key
 from framework.graph.code_checks import needed_names
 from framework.graph.code_sandbox import CodeSandbox
 from framework.graph.journal import AttemptJournal, CallSpec, request_hash
-from framework.graph.journal_llm import JournaledLLM
+from framework.graph.journal_llm import JournaledLLM, check_outcome, policy_of
 from framework.graph.journal_rows import Policy
 from framework.graph.json_reply import widest_braces
 from framework.graph.node_base import is_infrastructure_error
@@ -274,6 +274,8 @@ async def _use_tool(resources: Resources, work: Work, name: str, args: dict[str,
     async def make(key: str) -> list[Any]:
         use = ToolUse(id=f"step_{name}", name=name, input={**args, KEY: key} if keyed else args)
         answer = await _call(resources, work, executor, use)
+        if recorded and journal is not None:
+            check_outcome(answer, journal, policy_of(resources.tools[name]))
         return [mask_value(getattr(answer, "content", answer)), getattr(answer, "is_error", False) is True]
 
     # What a person says it answered becomes text, as a tool's own answer is: JSON in it is spread over the outputs.
@@ -306,7 +308,7 @@ async def _journaled(
 
     request = request_hash([name, {key: args[key] for key in sorted(args)}], f"the arguments of tool {name!r}")
     tool = resources.tools.get(name)
-    policy: Policy = "ask" if tool is not None and tool.effects else "rerun"
+    policy: Policy = policy_of(tool) if tool is not None else "rerun"
     try:
         return await journal.call(f"tool:{name}", request, note, CallSpec(policy, settled=settled))
     except UnstorableValue:

@@ -7,7 +7,10 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
+
+ToolPolicy: TypeAlias = Literal["rerun", "ask", "fail"]
+"""What becomes of a tool's call that was in flight when its process died: see docs/how-to/inside-a-step.md."""
 
 Message: TypeAlias = Mapping[str, Any]
 """``{"role": "user" | "assistant", "content": text or a list of content blocks}``.
@@ -41,12 +44,19 @@ class Tool:
     """A tool a model may call. ``parameters`` is a JSON schema of the type ``object``.
 
     ``effects`` says that a call changes something outside (sends, books, pays), so that repeating it matters.
+    ``policy`` says what becomes of a call that was cut off, whatever ``effects`` is; without it that is "ask" for a
+    tool with effects and "rerun" for any other. Raises ``ValueError`` for another policy.
     """
 
     name: str
     description: str
     parameters: dict[str, Any] = field(default_factory=dict)
     effects: bool = False
+    policy: ToolPolicy | None = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in (None, "rerun", "ask", "fail"):
+            raise ValueError(f"Tool {self.name!r}: policy is {self.policy!r}; it is one of rerun, ask, fail.")
 
 
 @dataclass
@@ -60,11 +70,13 @@ class ToolUse:
 
 @dataclass
 class ToolResult:
-    """What a tool answered. ``content`` is text for the model; ``is_error`` says that the call failed."""
+    """What a tool answered. ``content`` is text for the model; ``is_error`` says that the call failed, and
+    ``outcome_unknown`` that it may have taken effect all the same: no answer came in time, or the connection broke."""
 
     tool_use_id: str
     content: str
     is_error: bool = False
+    outcome_unknown: bool = False
 
 
 ToolExecutor: TypeAlias = Callable[[ToolUse], ToolResult]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from framework.errors import CorruptData, ResumeError, RunNotFound, UnknownType
+from framework.graph.recovery import recoverable_runs
 from framework.runner.agent_file import AGENT_FILE
-from framework.runner.waking import woken_runs
 from framework.schemas.checkpoint import ExecutorType
 from framework.schemas.run import RunState
 from framework.storage import codec
 from framework.storage.interface import Storage
-from framework.storage.ownership import is_alive
+from framework.storage.ownership import effective_state
 from framework.storage.records import RunRecord
 
 LATEST = "latest"
@@ -74,24 +74,23 @@ class AgentRuns:
         return newest
 
     def each(self, states: Sequence[RunState] | None = None) -> Iterator[RunRecord]:
-        """The agent's runs, newest first."""
+        """The agent's runs, newest first. A running run whose process certainly is gone is crashed."""
         last: RunRecord | None = None
+        # The store has such a run as running until its lease ends.
+        asked = None if states is None else [*states, *([RunState.RUNNING] if RunState.CRASHED in states else [])]
         while True:
-            page = self._storage.list_runs(states, limit=_PAGE, before=last)
-            yield from (run for run in page if self._is_own(run))
+            page = self._storage.list_runs(asked, limit=_PAGE, before=last)
+            for run in page:
+                shown = replace(run, state=effective_state(run))
+                if (states is None or shown.state in states) and self._is_own(run):
+                    yield shown
             if len(page) < _PAGE:
                 return
             last = page[-1]
 
-    def crashed(self) -> Iterator[RunRecord]:
-        """Runs whose process is gone, newest first: the lease has expired, or its owner is known to be dead."""
-        for run in self.each([RunState.CRASHED, RunState.RUNNING]):
-            if run.state is RunState.CRASHED or run.owner is None or is_alive(run.owner) is False:
-                yield run
-
-    def woken(self) -> list[RunRecord]:
-        """Paused runs that can go on by themselves, the longest paused first; see `woken_runs`."""
-        return [run for run in woken_runs(self._storage) if self._is_own(run)]
+    def recoverable(self, *, failed: bool = False) -> list[RunRecord]:
+        """The agent's runs to take up now: crashed ones, paused ones that can go on, and failed ones if asked for."""
+        return recoverable_runs(self._storage, failed=failed, is_ours=self._is_own)
 
     def check_own(self, run: RunRecord) -> None:
         """Raise ``ResumeError`` if ``run`` belongs to another agent, saying to which.

@@ -15,12 +15,12 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import quote
 
 from framework._secrets import mask
-from framework.errors import ToolError
+from framework.errors import ToolError, ToolOutcomeUnknown
 from framework.graph.journal import current_idempotency_key
 from framework.llm.provider import Tool, ToolResult
 from framework.runner.loop_thread import LoopThread
@@ -79,7 +79,8 @@ class McpServers:
                 raise _closed_error(server.config)
             return await self._loop.wait(server.call(name, arguments, current_idempotency_key()))
 
-        return RemoteTool(tool, call)
+        policy = server.config.policies.get(name)
+        return RemoteTool(tool if policy is None else replace(tool, policy=policy), call)
 
     def close(self) -> None:
         """End the servers' processes and the connections. May be called again; later calls of tools give an error."""
@@ -159,10 +160,10 @@ class _Server:
                 return _value(await connection.client.call_tool(name, arguments, meta=meta))
         except TimeoutError as error:
             said = f"gave no answer within {limit:g} s and was told to stop" if timer.expired() else f"failed: {error}"
-            raise self._failed(name, f"{said}. What it did until then is unknown") from None
+            raise self._unknown(name, f"{said}. What it did until then is unknown") from None
         except MCPError as error:
             if await connection.is_lost(error):
-                raise self._failed(
+                raise self._unknown(
                     name,
                     f"the server ended or cannot be reached ({error.message}). What the call did is unknown; the next "
                     "call starts or reaches the server again",
@@ -172,7 +173,13 @@ class _Server:
             raise self._failed(name, f"its answer cannot be used: {error}") from error
 
     def _failed(self, tool: str, problem: str) -> ToolError:
-        return ToolError(mask(f"Tool {tool!r} of MCP server {self.config.name!r}: {problem}."))
+        return ToolError(self._said(tool, problem))
+
+    def _unknown(self, tool: str, problem: str) -> ToolOutcomeUnknown:
+        return ToolOutcomeUnknown(self._said(tool, problem))
+
+    def _said(self, tool: str, problem: str) -> str:
+        return mask(f"Tool {tool!r} of MCP server {self.config.name!r}: {problem}.")
 
     async def close(self) -> None:
         async with self._opening:
@@ -413,8 +420,8 @@ class _Stderr:
 
 
 def _tool(listed: Any) -> Tool:
-    hints = listed.annotations
-    effects = hints is not None and (hints.read_only_hint is False or bool(hints.destructive_hint))
+    # A tool that does not say that it only reads may change things: so the protocol has it.
+    effects = listed.annotations is None or listed.annotations.read_only_hint is not True
     return Tool(
         name=_TOOL_NAME.sub("_", listed.name)[:_MAX_NAME],
         description=listed.description or listed.title or listed.name,

@@ -23,6 +23,7 @@ from framework._secrets import (
     register_url,
 )
 from framework.errors import ToolError
+from framework.llm.provider import ToolPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class ServerConfig:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     timeout_seconds: float = 60.0
     connect_timeout_seconds: float = 30.0
+    policies: Mapping[str, ToolPolicy] = field(default_factory=dict)
+    """By the server's own name of a tool: what becomes of its calls that were cut off."""
 
 
 class _Entry(BaseModel):
@@ -76,6 +79,7 @@ class _Entry(BaseModel):
     description: str = ""
     timeout_seconds: float = Field(default=60.0, gt=0)
     connect_timeout_seconds: float = Field(default=30.0, gt=0)
+    policies: dict[str, ToolPolicy] = Field(default_factory=dict)
 
 
 class ServerEntry(dict[str, Any]):
@@ -156,6 +160,7 @@ def server_config(entry: Any, environment: Mapping[str, str] | None = None) -> S
         headers=headers,
         timeout_seconds=given.timeout_seconds,
         connect_timeout_seconds=given.connect_timeout_seconds,
+        policies=given.policies,
     )
 
 

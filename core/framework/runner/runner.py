@@ -11,15 +11,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from framework._secrets import mask_error, place_of, register_named, register_url
-from framework.errors import CorruptData, ResumeError, RunBusy, StorageError, SurefootError, UnknownType
+from framework._secrets import mask_error, masked_traceback, place_of, register_named, register_url
+from framework.errors import CorruptData, ResumeError, StorageError, SurefootError, UnknownType
 from framework.graph.budget import RunBudget
 from framework.graph.builtin_nodes import FunctionNode
-from framework.graph.cancelling import cancel_if_asked
+from framework.graph.cancelling import LET_GO
 from framework.graph.checkpoint_manager import CheckpointManager
 from framework.graph.edge import GraphSpec
 from framework.graph.executor import ExecutionResult, GraphExecutor
 from framework.graph.goal import Goal
+from framework.graph.recovery import Recovered, recover_runs
 from framework.graph.run_messages import CANCELLED_ON_REQUEST
 from framework.runner import agent_info, capability
 from framework.runner.agent_file import AGENT_FILE, load_agent_export, read_agent_file
@@ -35,8 +36,10 @@ from framework.runtime import Runtime
 from framework.schemas.checkpoint import CheckpointConfig, CheckpointMetadata
 from framework.schemas.run import RunState
 from framework.storage.backend import FileStorage, Storage, open_storage
+from framework.storage.encryption_keys import KeyRing
 from framework.storage.memory import MemoryStorage
 from framework.storage.records import RunRecord
+from framework.storage.sweeping_background import Sweeping, start_sweeping
 
 if TYPE_CHECKING:
     from framework.llm.provider import Tool
@@ -46,8 +49,6 @@ logger = logging.getLogger(__name__)
 __all__ = ["DEFAULT_MODEL", "AgentInfo", "AgentRunner", "ValidationResult", "load_agent_export"]
 
 DEFAULT_MODEL = "claude-haiku-4-5-20251001"
-MAX_RECOVERY_ATTEMPTS = 5
-"""How often `AgentRunner.recover` takes up a run that crashes its process again and again."""
 KEPT_CHECKPOINTS = 100
 """How many checkpoints of a run stay when the runner chooses: enough for a diff and a fork."""
 
@@ -62,6 +63,10 @@ class AgentRunner:
     answers by itself. A run is recorded with the endpoint it was started at, without user, password and query, and goes
     on there (with its model) unless the runner is given another. Run documents (decisions, problems) go to the storage,
     else to the directory ``storage_path``.
+
+    With ``recover_on_start`` the agent's crashed and due runs are taken up, one after the other: in the background of
+    ``async with runner:``, else before its first run, which waits for them. What came of them is in ``recovered``; the
+    end of the block leaves those that are not over to the next process.
 
     One runner may run the agent any number of times at once, in one event loop.
     """
@@ -80,7 +85,14 @@ class AgentRunner:
         storage: Storage | str | None = None,
         checkpoint_config: CheckpointConfig | None = None,
         checkpoint_manager: CheckpointManager | None = None,
+        recover_on_start: bool = False,
     ) -> None:
+        self.recover_on_start = recover_on_start
+        self.recovered: list[ExecutionResult] = []
+        """What came of the runs that ``recover_on_start`` found, as they end."""
+        self._recovering: asyncio.Task[None] | None = None
+        self._under_recovery: dict[str, asyncio.Future[None]] = {}
+        self._entered = False
         self.agent_path = Path(agent_path)
         self.graph = graph
         self.goal = goal
@@ -103,6 +115,7 @@ class AgentRunner:
         self._preparing = threading.Lock()
         self._has_tools_module = False
         self._owns_storage = False
+        self._sweeping: Sweeping | None = None
         self.checkpoint_manager = self._manager(storage, checkpoint_config, checkpoint_manager)
         self.storage = self.checkpoint_manager.storage if self.checkpoint_manager is not None else None
 
@@ -119,7 +132,7 @@ class AgentRunner:
             return None
         if storage is None or isinstance(storage, str):
             register_named("", storage)
-            storage = open_storage(storage or default_storage_url())
+            storage = open_storage(storage or default_storage_url(), KeyRing.from_environment())
             self._owns_storage = True
         kept = CheckpointConfig(retention_strategy="prune_old", max_checkpoints_per_run=KEPT_CHECKPOINTS)
         return CheckpointManager(storage, config or kept)
@@ -137,6 +150,7 @@ class AgentRunner:
         storage: Storage | str | None = None,
         checkpoint_config: CheckpointConfig | None = None,
         checkpoint_manager: CheckpointManager | None = None,
+        recover_on_start: bool = False,
     ) -> Self:
         """The agent of a folder: ``agent.json``, and when there are such files the functions of ``nodes.py``, the
         tools (and functions) of ``tools.py``, the model that ``provider(model)`` of ``llm.py`` returns, and the servers
@@ -162,6 +176,7 @@ class AgentRunner:
             storage=storage,
             checkpoint_config=checkpoint_config,
             checkpoint_manager=checkpoint_manager,
+            recover_on_start=recover_on_start,
         )
         runner._model_is_chosen = model is not None
         try:
@@ -259,12 +274,37 @@ class AgentRunner:
     ) -> ExecutionResult:
         """Run the agent and return what came of it; see `GraphExecutor.execute`, which this prepares.
 
+        With ``recover_on_start`` a run that is being recovered is waited for; outside of ``async with`` all of them.
+
         With checkpointing and a ``run_id`` the same call starts, resumes or returns. ``entry_point_id`` is the name of
         an entry point, or the id of an asynchronous one, at which a new run begins. ``budget`` limits the run's tokens
         and cost over all its processes, and replaces the one recorded with it. What the agent lacks (a function,
         a key, an extra) is a failed result that says so, and nothing ran. Raises what ``execute`` raises, and
         ``ResumeError`` for a ``run_id`` of another agent.
         """
+        recovering = self._start_recovery()
+        if recovering is not None and not recovering.done() and not self._entered:
+            try:
+                await asyncio.shield(recovering)
+            except asyncio.CancelledError as error:
+                recovering.cancel(*error.args)
+                await asyncio.wait([recovering])
+                raise
+        named = run_id or (session_state or {}).get("run_id")
+        under_way = self._under_recovery.get(named) if isinstance(named, str) else None
+        if under_way is not None:
+            await asyncio.shield(under_way)
+        return await self._run(input_data, session_state, entry_point_id, run_id=run_id, budget=budget)
+
+    async def _run(
+        self,
+        input_data: Mapping[str, Any] | None = None,
+        session_state: Mapping[str, Any] | None = None,
+        entry_point_id: str | None = None,
+        *,
+        run_id: str | None = None,
+        budget: RunBudget | None = None,
+    ) -> ExecutionResult:
         state = dict(session_state or {})
         if entry_point_id is not None:
             node_id = self._entry_node(entry_point_id)
@@ -288,6 +328,7 @@ class AgentRunner:
                 return ExecutionResult(False, error=problem, run_id=run_id)
             if self._has_servers:
                 await asyncio.to_thread(self._connect)
+        self._sweep()
         executor = GraphExecutor(
             runtime=self.runtime,
             llm=llm,
@@ -306,6 +347,15 @@ class AgentRunner:
             metadata=self._metadata() if self._is_durable() else None,
             budget=budget,
         )
+
+    def _sweep(self) -> None:
+        """Begin to apply the configuration's retention to the store, in the background, until `cleanup`."""
+        manager = self.checkpoint_manager
+        if manager is None or manager.config.retention is None or manager.config.retention.is_empty:
+            return
+        with self._preparing:
+            if self._sweeping is None:
+                self._sweeping = start_sweeping(manager.storage, manager.config.retention)
 
     def _endpoint(self, recorded: RunRecord | None) -> tuple[str, str | None]:
         """Model and base URL for a run: those it was started with go before what this runner was not told."""
@@ -336,44 +386,60 @@ class AgentRunner:
         found = await asyncio.to_thread(self._own_runs(run_id).find, run_id)
         return await self.run(input_data, run_id=found.run_id, budget=budget)
 
-    async def recover(self, limit: int | None = None) -> list[ExecutionResult]:
-        """Resume this agent's runs whose process is gone, oldest first, and then its paused ones that can go on by
-        themselves; at most ``limit``, one after the other.
+    async def recover(
+        self, limit: int | None = None, *, failed: bool = False, concurrency: int = 1
+    ) -> list[ExecutionResult]:
+        """Resume this agent's runs whose process is gone, oldest first, then its paused ones that can go on by
+        themselves, and then, with ``failed``, those that failed; at most ``limit``, at most ``concurrency`` at once.
 
         A paused run can when its sleep is over, or when it was sent what a node of it waits for. A run that another
         process takes first is left to it. One that was asked to stop before its process ended is cancelled instead: a
-        failed result with the error "cancelled on request". One that cannot be resumed, or has crashed its process
-        `MAX_RECOVERY_ATTEMPTS` times in a row, is a failed result that says why; ``resume`` still takes it up.
+        failed result with the error "cancelled on request". One that cannot be resumed is a failed result that says
+        why, and so is one that has ended its process too often in a row (``CheckpointConfig.max_recovery_attempts``,
+        ``error_type`` "recovery"): its record says so, and ``resume`` still takes it up. Raises ``ResumeError`` without
+        checkpointing, ``StorageError``.
         """
         own, storage = self._own_runs("all"), self._store("all")
-        lease = self.checkpoint_manager.config.lease_seconds if self.checkpoint_manager is not None else 0.0
-        found = await asyncio.to_thread(lambda: [*list(own.crashed())[::-1], *own.woken()])
-        results = []
-        for run in found[:limit]:
-            crashed = run.state is not RunState.PAUSED
-            try:
-                if crashed and await asyncio.to_thread(cancel_if_asked, storage, run, lease):
-                    results.append(ExecutionResult(False, error=CANCELLED_ON_REQUEST, run_id=run.run_id))
-                    continue
-            except RunBusy:
-                continue
-            except SurefootError as error:
-                results.append(ExecutionResult(False, error=mask_error(error), run_id=run.run_id))
-                continue
-            if crashed and run.recovery_attempts >= MAX_RECOVERY_ATTEMPTS:
-                problem = (
-                    f"Run {run.run_id!r} has ended its process {run.recovery_attempts + 1} times in a row and is not "
-                    "recovered again; find out why, then resume it by its id."
-                )
-                results.append(ExecutionResult(False, error=problem, run_id=run.run_id))
-                continue
-            try:
-                results.append(await self.run(run_id=run.run_id))
-            except RunBusy:
-                continue
-            except SurefootError as error:
-                results.append(ExecutionResult(False, error=mask_error(error), run_id=run.run_id))
-        return results
+        runs = (await asyncio.to_thread(own.recoverable, failed=failed))[:limit]
+        assert self.checkpoint_manager is not None
+        lease = self.checkpoint_manager.config.lease_seconds
+        ended = await recover_runs(storage, runs, self._recover_one, concurrency=concurrency, lease_seconds=lease)
+        return [result for each in ended if (result := _as_result(each)) is not None]
+
+    async def _recover_one(self, run: RunRecord) -> ExecutionResult:
+        return await self._run(run_id=run.run_id)
+
+    def _start_recovery(self) -> asyncio.Task[None] | None:
+        """Recover in the background, once, where that is asked for."""
+        if self._recovering is None and self.recover_on_start and self._is_durable():
+            self._recovering = asyncio.create_task(self._recover_at_start())
+        return self._recovering
+
+    async def _recover_at_start(self) -> None:
+        own, storage = self._own_runs("all"), self._store("all")
+        try:
+            runs = await asyncio.to_thread(own.recoverable)
+        except SurefootError as error:
+            logger.error("The runs of agent %r were not recovered: %s", self.name, mask_error(error))
+            return
+        assert self.checkpoint_manager is not None
+        lease = self.checkpoint_manager.config.lease_seconds
+        try:
+            for run in runs:  # one after the other: whoever starts an agent has other work for it
+                self._under_recovery[run.run_id] = asyncio.get_running_loop().create_future()
+            for run in runs:
+                try:
+                    [found] = await recover_runs(storage, [run], self._recover_one, lease_seconds=lease)
+                    self.recovered += [result] if (result := _as_result(found)) is not None else []
+                except Exception as error:
+                    trace = masked_traceback(error)
+                    logger.error("Run %r of agent %r was not recovered:\n%s", run.run_id, self.name, trace)
+                finally:
+                    self._under_recovery.pop(run.run_id).set_result(None)
+        finally:
+            for waiting in self._under_recovery.values():
+                waiting.cancel()
+            self._under_recovery.clear()
 
     def _entry_node(self, entry_point_id: str) -> str | None:
         entry = self.graph.get_async_entry_point(entry_point_id)
@@ -497,6 +563,9 @@ class AgentRunner:
 
     def cleanup(self) -> None:
         """End MCP servers, and close what the runner itself opened. May be called again."""
+        sweeping, self._sweeping = self._sweeping, None
+        if sweeping is not None:
+            sweeping.stop()
         self.tool_registry.cleanup()
         self._model.close()
         self._runtime = None
@@ -507,7 +576,11 @@ class AgentRunner:
             self.storage.close()
 
     async def cleanup_async(self) -> None:
-        """As `cleanup`, without blocking the event loop."""
+        """As `cleanup`, without blocking the event loop. What is being recovered is left to the next process."""
+        recovering, self._recovering = self._recovering, None
+        if recovering is not None and not recovering.done():
+            recovering.cancel(LET_GO)
+            await asyncio.wait([recovering])
         await self._model.aclose()
         await asyncio.to_thread(self.cleanup)
 
@@ -520,9 +593,21 @@ class AgentRunner:
         self.cleanup()
 
     async def __aenter__(self) -> Self:
+        self._entered = True
+        self._start_recovery()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.cleanup_async()
+
+
+def _as_result(found: Recovered[ExecutionResult]) -> ExecutionResult | None:
+    """What came of a recovered run as a result; ``None`` for one that another process took."""
+    if found.outcome == "busy":
+        return None
+    if found.result is not None:
+        return found.result
+    error = CANCELLED_ON_REQUEST if found.outcome == "cancelled" else found.error
+    return ExecutionResult(False, error=error, run_id=found.run_id)

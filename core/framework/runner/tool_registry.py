@@ -15,8 +15,9 @@ from framework._secrets import SecretFilter, mask, mask_value, masked_traceback,
 from framework.errors import ToolError
 from framework.graph.calls import KEY, tool_takes_key
 from framework.graph.journal import current_idempotency_key
+from framework.graph.journal_failures import leaves_unknown
 from framework.graph.node_base import is_infrastructure_error
-from framework.llm.provider import AsyncToolExecutor, Tool, ToolResult, ToolUse
+from framework.llm.provider import AsyncToolExecutor, Tool, ToolPolicy, ToolResult, ToolUse
 from framework.llm.threads import in_thread
 from framework.runner.folder_code import load_modules
 from framework.runner.loop_thread import LoopThread
@@ -40,29 +41,41 @@ class _Marked:
     name: str | None
     description: str | None
     effects: bool
+    policy: ToolPolicy | None = None
 
 
 @overload
 def tool(description: Function) -> Function: ...
 @overload
 def tool(
-    description: str | None = None, name: str | None = None, *, effects: bool | None = None, read_only: bool = False
+    description: str | None = None,
+    name: str | None = None,
+    *,
+    effects: bool | None = None,
+    read_only: bool = False,
+    policy: ToolPolicy | None = None,
 ) -> Callable[[Function], Function]: ...
 def tool(
-    description: Any = None, name: str | None = None, *, effects: bool | None = None, read_only: bool = False
+    description: Any = None,
+    name: str | None = None,
+    *,
+    effects: bool | None = None,
+    read_only: bool = False,
+    policy: ToolPolicy | None = None,
 ) -> Any:
     """Mark a function, sync or async, as a tool that `ToolRegistry.discover_from_module` finds: ``@tool`` or
     ``@tool(...)``. The function itself is returned unchanged.
 
     ``description`` is what the model reads, the docstring otherwise; ``name`` the function's own otherwise.
     ``effects=True`` says that a call changes something outside, ``read_only=True`` that none does (as without either).
-    Raises `ToolError` when both are said.
+    ``policy`` says what becomes of a call that was cut off, "rerun", "ask" or "fail", whatever ``effects`` is. Raises
+    `ToolError` when both are said.
     """
     if effects and read_only:
         raise ToolError("@tool: a tool has effects or is read only, not both.")
 
     def mark(function: Function) -> Function:
-        setattr(function, _MARK, _Marked(name, None if callable(description) else description, bool(effects)))
+        setattr(function, _MARK, _Marked(name, None if callable(description) else description, bool(effects), policy))
         return function
 
     return mark(description) if callable(description) else mark
@@ -109,6 +122,7 @@ class ToolRegistry:
         description: str | None = None,
         *,
         effects: bool | None = None,
+        policy: ToolPolicy | None = None,
     ) -> None:
         """Add a function, sync or async, as a tool; its parameters' schema is read from its signature.
 
@@ -119,7 +133,14 @@ class ToolRegistry:
         called = name or marked.name or str(getattr(func, "__name__", type(func).__name__))
         signature = Signature.of(func, called)
         text = description or marked.description or inspect.getdoc(func) or f"Runs {called}."
-        made = Tool(called, text, signature.schema, marked.effects if effects is None else effects)
+        made = Tool(
+            called,
+            text,
+            signature.schema,
+            marked.effects if effects is None else effects,
+            # What is said here of effects comes before the decorator's policy.
+            policy if policy is not None or effects is not None else marked.policy,
+        )
         self.register(called, made, _FunctionExecutor(signature))
 
     def discover_from_module(self, module_path: str | Path) -> int:
@@ -386,7 +407,7 @@ async def _finished_later(use: ToolUse, value: Awaitable[Any]) -> ToolResult:
 
 def _finished(use: ToolUse, value: Any) -> ToolResult:
     if isinstance(value, ToolResult):
-        return ToolResult(use.id, mask(str(value.content)), value.is_error)
+        return ToolResult(use.id, mask(str(value.content)), value.is_error, value.outcome_unknown)
     if isinstance(value, str):
         return ToolResult(use.id, mask(value))
     try:
@@ -406,7 +427,8 @@ def _raised(use: ToolUse, error: Exception) -> ToolResult:
     logger.debug("Tool %r failed:\n%s", use.name, masked_traceback(error))
     said = str(error)
     # A ToolError already says what happened; the type of any other is often half of what there is to know.
-    return _error(use, said if isinstance(error, ToolError) else ": ".join(filter(None, (type(error).__name__, said))))
+    text = said if isinstance(error, ToolError) else ": ".join(filter(None, (type(error).__name__, said)))
+    return replace(_error(use, text), outcome_unknown=leaves_unknown(error))
 
 
 def _error(use: ToolUse, message: str, **more: Any) -> ToolResult:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
+from framework.schemas.retention import RetentionPolicy
+
 FORMAT_VERSION = 1
 """Version of the stored form of a checkpoint; a reader refuses a newer one."""
 
@@ -40,6 +42,12 @@ class CheckpointConfig(BaseModel):
     max_checkpoints_per_run: int = Field(default=100, ge=1, description="How many prune_old keeps.")
     retention_strategy: Literal["all", "latest_only", "prune_old"] = "latest_only"
 
+    retention: RetentionPolicy | None = Field(
+        default=None,
+        description="Which finished runs of the whole store are kept, applied in the background by processes that live "
+        "long (AgentRunner, `surefoot recover --watch`). Beside the strategy, which is applied with each commit.",
+    )
+
     durability: Literal["sync", "async", "exit"] = Field(
         default="sync",
         description="sync: a commit is durable before the next step starts. async: commits are made in order "
@@ -60,6 +68,12 @@ class CheckpointConfig(BaseModel):
     )
     lease_seconds: float = Field(
         default=30.0, gt=0, description="How long a silent owner keeps a run; renewed in the background."
+    )
+    max_recovery_attempts: int = Field(
+        default=5,
+        ge=0,
+        description="How often in a row a run of a graph goes on after its process vanished, without a finished step "
+        "or attempt in between; then it fails. Plans have ExecutorConfig.max_recovery_attempts.",
     )
     keep_journal: bool = Field(
         default=False, description="Whether a step's journal stays after its commit, for audit; else it goes with it."

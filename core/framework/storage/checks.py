@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 from framework.errors import CommitConflict, InvalidId, StorageError, ValueTooLarge
 from framework.schemas.run import RunState
@@ -12,6 +13,7 @@ from framework.storage.records import Commit, JournalWrite, NewRun, RunRecord
 
 MAX_RUN_ID = 255
 MAX_KEY = 1_000
+MAX_NOTE = 1_000
 
 MAX_VALUE_BYTES = 500_000_000
 """Bytes of one value at most, in every store alike: half of what SQLite and PostgreSQL take in a row."""
@@ -32,6 +34,18 @@ def check_text(value: object, what: str) -> str:
 
 def check_id(value: object, what: str = "run id", limit: int = MAX_RUN_ID) -> str:
     """``value`` if it can name something in a store, else ``InvalidId`` saying why not."""
+    # A run's id is looked at with every commit; other ids come once.
+    if type(value) is str and limit == MAX_RUN_ID:
+        return _check_run_id(value, what)
+    return _check_id(value, what, limit)
+
+
+@lru_cache(maxsize=1024)
+def _check_run_id(value: str, what: str) -> str:
+    return _check_id(value, what, MAX_RUN_ID)
+
+
+def _check_id(value: object, what: str, limit: int) -> str:
     text = check_text(value, what)
     if not text:
         raise InvalidId(f"A {what} must not be empty.")
@@ -58,6 +72,15 @@ def check_prefix(value: object) -> str:
     return check_id(value, "beginning of a run id") if value != "" else ""
 
 
+def check_pin(run_id: str, checkpoint_id: str | None, note: str = "") -> None:
+    """Raise ``InvalidId`` for what no pin can have."""
+    check_id(run_id)
+    if checkpoint_id is not None:
+        check_id(checkpoint_id, "checkpoint id", MAX_KEY)
+    if check_text(note, "note"):
+        check_id(note, "note", MAX_NOTE)
+
+
 def check_value(value: bytes | None, what: str) -> None:
     """Raise ``ValueTooLarge`` unless a store can hold a value of so many bytes."""
     if value is not None and len(value) > MAX_VALUE_BYTES:
@@ -75,12 +98,18 @@ def check_step(value: object) -> str:
 def check_chunks(chunks: Sequence[Chunk]) -> None:
     """Raise unless each chunk writes a key of its own. Keys may hold NUL (a branch's own state does)."""
     for chunk in chunks:
-        if not check_text(chunk.key, "key of the state"):
-            raise InvalidId("A key of the state must not be empty.")
+        _check_chunk_key(chunk.key)
         if len(chunk.data) > MAX_VALUE_BYTES:
             check_value(chunk.data, f"The value of key {chunk.key!r}")
     if len({chunk.key for chunk in chunks}) < len(chunks):
         raise StorageError("One commit writes a key of the state twice; give one chunk for each key.")
+
+
+def _check_chunk_key(key: object) -> None:
+    if type(key) is str and key.isascii() and key:
+        return
+    if not check_text(key, "key of the state"):
+        raise InvalidId("A key of the state must not be empty.")
 
 
 def check_new_run(new: NewRun, owner: str | None) -> None:

@@ -9,12 +9,15 @@ bytes that are new.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from hashlib import blake2b
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Op = Literal["set", "append", "delete"]
 
 _LIST, _TEXT, _COMMA = ord("["), ord('"'), ord(",")
+_ABSENT = bytes(8)
+_EMPTY = blake2b(digest_size=8)
 
 
 class Chunk(NamedTuple):
@@ -102,10 +105,49 @@ def apply(chunks: Iterable[Chunk], state: Mapping[str, bytes]) -> dict[str, byte
 
 def checksum(chunk: Chunk) -> bytes:
     """8 bytes that change when the chunk's key, operation or data does (BLAKE2b, RFC 7693)."""
-    hasher = blake2b(digest_size=8)
-    hasher.update(f"{chunk.op} {chunk.key}\x00".encode("utf-8", "surrogatepass"))
+    return chunk.sum if type(chunk) is SummedChunk else _checksum(chunk)
+
+
+def _checksum(chunk: Chunk) -> bytes:
+    hasher = _begun(chunk.op, chunk.key).copy()
     hasher.update(chunk.data)
     return hasher.digest()
+
+
+@lru_cache(maxsize=256)
+def _begun(op: str, key: str) -> blake2b:
+    """A hasher that has read a chunk's operation and key, to be copied: most chunks are of few keys."""
+    return blake2b(f"{op} {key}\x00".encode("utf-8", "surrogatepass"), digest_size=8)
+
+
+class SummedChunk(Chunk):
+    """A chunk that brings its checksum along, so that large values are hashed once on their way."""
+
+    sum: bytes
+
+    def _replace(self, **changes: Any) -> Chunk:  # type: ignore[override]
+        """A chunk with other parts, and so with another checksum than this one's."""
+        return Chunk(*self)._replace(**changes)
+
+
+def checked(key: str, op: Op, data: bytes, sum: bytes) -> SummedChunk | None:
+    """A chunk that was read, with its checksum; ``None`` when it does not match."""
+    hasher = _begun(op, key).copy()
+    hasher.update(data)
+    if hasher.digest() != sum:
+        return None
+    chunk: SummedChunk = tuple.__new__(SummedChunk, (key, op, data))
+    chunk.sum = sum
+    return chunk
+
+
+def summed(chunk: Chunk, known: bytes | None = None) -> SummedChunk:
+    """``chunk`` with its checksum, which is ``known`` to whoever has verified it."""
+    if type(chunk) is SummedChunk:
+        return chunk
+    made = SummedChunk._make(chunk)
+    made.sum = _checksum(chunk) if known is None else known
+    return made
 
 
 def chain(previous: int, chunk: Chunk) -> int:
@@ -115,11 +157,28 @@ def chain(previous: int, chunk: Chunk) -> int:
     """
     if chunk.op == "delete":
         return 0
-    hasher = blake2b(digest_size=8)
-    if chunk.op == "append":
-        hasher.update(previous.to_bytes(8, "big"))
-    hasher.update(checksum(chunk))
-    return int.from_bytes(hasher.digest(), "big")
+    own = checksum(chunk)
+    linked = previous.to_bytes(8, "big") + own if chunk.op == "append" else own
+    return int.from_bytes(blake2b(linked, digest_size=8).digest(), "big")
+
+
+def chains_of(chunks: Iterable[Chunk]) -> dict[str, int]:
+    """Each key's ``chain`` after ``chunks``, given in the order they were made; 0 for a key that they delete.
+
+    A resume links the chunk of every step there was, so this spares each of them the calls and numbers of ``chain``.
+    """
+    linked: dict[str, bytes] = {}
+    for chunk in chunks:
+        key, op, _ = chunk
+        if op == "delete":
+            linked[key] = _ABSENT
+            continue
+        hasher = _EMPTY.copy()
+        if op == "append":
+            hasher.update(linked.get(key, _ABSENT))
+        hasher.update(checksum(chunk))
+        linked[key] = hasher.digest()
+    return {key: int.from_bytes(digest, "big") for key, digest in linked.items()}
 
 
 def state_digest(chains: Iterable[int]) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import datetime as dt
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from decimal import Decimal
 from enum import Enum, Flag
 from math import isfinite
@@ -25,6 +25,7 @@ import orjson
 from pydantic import BaseModel
 
 from framework.errors import CodecError, CorruptData, UnknownType, UnstorableValue
+from framework.storage.sealed import refuse_sealed
 
 TAG = "$t"
 MAX_DEPTH = 240
@@ -44,6 +45,7 @@ _UNFIT: Final = (
 _SIMPLE = frozenset({str, int, bool, type(None)})
 _TEXT_ONLY = frozenset({str})
 _FLOATS_ONLY = frozenset({float})
+_SCALARS = _SIMPLE | _FLOATS_ONLY
 
 T = TypeVar("T")
 
@@ -162,6 +164,7 @@ def decode(data: bytes) -> Any:
     try:
         plain = orjson.loads(data)
     except orjson.JSONDecodeError as error:
+        refuse_sealed(data)
         raise CorruptData(f"Stored bytes are not valid JSON: {error}.") from None
     if _TAG_BYTES not in data:
         return plain
@@ -251,11 +254,19 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+def _is_plain(values: Collection[Any]) -> bool:
+    """Whether all of these are written by orjson as they are, without a closer look at texts and integers."""
+    kinds = set(map(type, values))
+    if kinds <= _SIMPLE:
+        return True
+    if not kinds <= _SCALARS:
+        return False
+    return all(map(isfinite, values if kinds == _FLOATS_ONLY else [each for each in values if type(each) is float]))
+
+
 def _plain_list(value: list[Any], depth: int, careful: bool) -> list[Any]:
-    if not careful:
-        kinds = set(map(type, value))
-        if kinds <= _SIMPLE or (kinds == _FLOATS_ONLY and all(map(isfinite, value))):
-            return value
+    if not careful and _is_plain(value):
+        return value
     changed: list[Any] | None = None
     for index, item in enumerate(value):
         try:
@@ -280,7 +291,7 @@ def _plain_dict(value: dict[Any, Any], depth: int, careful: bool) -> dict[str, A
                 error.segments.append(f"[{key!r:.60}]")
                 raise
         return {TAG: "dict", "v": pairs}
-    if not careful and set(map(type, value.values())) <= _SIMPLE:
+    if not careful and _is_plain(value.values()):
         return value
     changed: dict[str, Any] | None = None
     for key, item in value.items():

@@ -1,14 +1,16 @@
-"""One thread per store that makes commits durable, several at a time, and keeps its runs' leases alive.
+"""One thread per store that makes commits durable, several at a time. Leases are the ``heartbeat``'s.
 
 Executors are asynchronous and storage is not; whatever touches the store goes through here, in the order it came.
 Commits and journal writes that wait together share one call of ``Storage.commit``, so concurrent runs, and concurrent
-calls inside a step, share a transaction and an fsync, while a lone one never waits for company. The thread also renews
-leases, so a node that blocks the event loop does not lose its run. And while it holds leases it looks, about once a
-second, whether a message was left for one of their runs: one query for all of them, and none for each commit.
+calls inside a step, share a transaction and an fsync, while a lone one never waits for company.
+
+A run that is alone in its store, on a disk that takes less than a millisecond for a commit, is spared the way to the
+thread and back, which costs as much as the commit: see ``Committer.hand_over`` and docs/adr/0017.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import threading
@@ -17,12 +19,13 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-from framework.errors import LeaseLost, RunNotFound, StorageError
-from framework.storage.interface import Storage
-from framework.storage.records import Commit, JournalWrite, Message, Write
+from framework.errors import StorageError
+from framework.storage.compression import pack_writes
+from framework.storage.heartbeat import Heartbeat
+from framework.storage.interface import Storage, WouldWait
+from framework.storage.records import Commit, JournalWrite, Write
 
 T = TypeVar("T")
 
@@ -31,26 +34,64 @@ logger = logging.getLogger(__name__)
 MAX_BATCH = 64
 """Writes in one transaction at most: bounds what a crash can take with it and how long readers wait."""
 
+MAX_BATCH_BYTES = 4_000_000
+"""Bytes of values after which a transaction takes no further commit, so small ones need not wait for large ones."""
+
+AT_ONCE_SECONDS = 0.001
+"""Commits that take longer than this, on average, are never made in the thread of an event loop."""
+
+AT_ONCE_BYTES = 65_536
+"""Nor are commits of values of more bytes than this, which take long to write, or to compress."""
+
+_RETRY_SECONDS = 5.0
+"""How long the commits of a group that failed as a whole are tried again one by one; the rest fail as the group did."""
+
 IDLE_SECONDS = 30.0
 """The thread ends after this long without work; the next call starts another."""
 
 
-LOOK_SECONDS = 1.0
-"""How often to look for messages to the runs whose leases are held."""
+class Ticket:
+    """What a commit that was handed over comes to: a future without locks, waited for by coroutines."""
 
-OnMessages = Callable[[Sequence[Message]], None]
-"""Told, in the committer's thread, of all messages of a run whenever there are more of them."""
+    __slots__ = ("_error", "_finished", "_waiters")
+
+    def __init__(self) -> None:
+        self._finished = False
+        self._error: BaseException | None = None
+        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+
+    def done(self) -> bool:
+        """Whether it is durable, or refused."""
+        return self._finished
+
+    def exception(self) -> BaseException | None:
+        """What refused it; of one that is done."""
+        return self._error
+
+    def result(self) -> None:
+        """Raises what refused it; of one that is done."""
+        if self._error is not None:
+            raise self._error
+
+    def wake(self, loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None]) -> None:
+        """Set ``waiter`` once this is done; the caller looks at ``done`` after this call, before it waits."""
+        self._waiters.append((loop, waiter))
+
+    def finish(self, error: BaseException | None) -> Sequence[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]]:
+        """Set the outcome; who is to be woken. Only for the committer."""
+        self._error = error
+        self._finished = True
+        # Who comes to wait from here on sees that it is done. Who came before is in the list.
+        return self._waiters
 
 
-@dataclass(slots=True)
-class _Held:
-    """A lease to renew, ``due`` by the monotonic clock, and who is told of messages; ``told`` of how many already."""
+def _wake_all(waiters: Sequence[asyncio.Future[None]]) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)
 
-    token: int
-    seconds: float
-    due: float
-    on_messages: OnMessages | None = None
-    told: int = 0
+
+_Item: TypeAlias = "tuple[Future[Any] | Ticket, Write | Callable[[Storage], Any]]"
 
 
 class Committer:
@@ -59,19 +100,66 @@ class Committer:
     def __init__(self, storage: Storage) -> None:
         # Weak, so that an idle store can be collected; a running thread holds it while there is work.
         self._storage = weakref.ref(storage)
+        self.heartbeat = Heartbeat(self._storage)
         self.reset()
 
     def reset(self) -> None:
-        """Forget the queue, the leases and the thread; for a forked child, where the thread does not exist."""
-        self._queue: deque[tuple[Future[Any], Write | Callable[[Storage], Any]]] = deque()
+        """Forget the queue, the leases and the threads; for a forked child, where the threads do not exist."""
+        self._queue: deque[_Item] = deque()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._leases: dict[str, _Held] = {}
-        self._look_at = 0.0
+        self._idle = False
+        self._working = False
+        self._seconds = 0.0
+        self.heartbeat.reset()
 
     def commit(self, commit: Commit) -> Future[None]:
         """Queue a commit; the future is done when it is durable, or holds the error that refused it."""
         return self._put(commit)
+
+    def hand_over(self, commit: Commit, *, alone: bool = False) -> Ticket:
+        """Queue a commit, as ``commit`` does, for a coroutine to wait for.
+
+        ``alone`` says that its run does nothing else meanwhile. When it is also the only run of this committer, nothing
+        waits in the queue, and the store's commits have been taking less than ``AT_ONCE_SECONDS``, it is made in this
+        very call; if for that the store would have to wait for anybody, it goes to the queue all the same.
+        """
+        ticket = Ticket()
+        if not (alone and self._is_alone(commit) and self._commit_at_once(commit, ticket)):
+            with self._wake:
+                self._queue.append((ticket, commit))
+                self._notify()
+        return ticket
+
+    def _is_alone(self, commit: Commit) -> bool:
+        if len(self.heartbeat.held) > 1 or self._seconds >= AT_ONCE_SECONDS or self._queue or self._working:
+            return False
+        return sum(len(chunk.data) for chunk in commit.chunks) < AT_ONCE_BYTES
+
+    def _commit_at_once(self, commit: Commit, ticket: Ticket) -> bool:
+        storage = self._storage()
+        if storage is None or not storage.try_hold():
+            return False
+        try:
+            # Looked at again: the thread takes work, and with it the store, without asking.
+            if self._queue or self._working:
+                return False
+            began = time.perf_counter()
+            try:
+                outcome = storage.commit(pack_writes(storage, [commit]))[0]
+            except WouldWait:
+                return False
+            except Exception as error:  # as from the thread: handed to who waits for the commit
+                outcome = error
+            self._took(time.perf_counter() - began)
+            ticket.finish(outcome)
+        finally:
+            storage.let_go()
+        return True
+
+    def _took(self, seconds: float) -> None:
+        """Keep the average of the last commits, about eight of them; one that halts the disk counts as 50 ms."""
+        self._seconds += (min(seconds, 0.05) - self._seconds) / 8
 
     def journal(self, write: JournalWrite) -> Future[None]:
         """Queue journal rows, in order with the commits; the future as of ``commit``."""
@@ -81,30 +169,28 @@ class Committer:
         """Queue any call of the store, in order with the commits."""
         return self._put(function)
 
-    def hold(self, run_id: str, token: int, seconds: float, on_messages: OnMessages | None = None) -> None:
-        """Renew a lease, now current, every third of ``seconds`` until ``drop``.
-
-        ``on_messages`` is told of the messages left for the run, those from before too, within about a second.
-        """
-        with self._wake:
-            self._leases[run_id] = _Held(token, seconds, time.monotonic() + seconds / 3, on_messages)
-            self._ensure_thread()
-            self._wake.notify()
-
-    def drop(self, run_id: str, token: int) -> None:
-        """Stop renewing a lease. Does not release it."""
-        with self._wake:
-            held = self._leases.get(run_id)
-            if held is not None and held.token == token:
-                del self._leases[run_id]
+    def release_leases(self) -> None:
+        """Release what is held, past the queue, which may be stuck."""
+        storage = self._storage()
+        for run_id, held in list(self.heartbeat.held.items()):
+            self.heartbeat.drop(run_id, held.token)
+            try:
+                if storage is not None:
+                    storage.release_lease(run_id, held.token)
+            except StorageError as error:
+                logger.warning("The lease of run %r was not released; it ends by itself: %s", run_id, error)
 
     def _put(self, item: Write | Callable[[Storage], Any]) -> Future[Any]:
         future: Future[Any] = Future()
         with self._wake:
             self._queue.append((future, item))
-            self._ensure_thread()
-            self._wake.notify()
+            self._notify()
         return future
+
+    def _notify(self) -> None:
+        self._ensure_thread()
+        if self._idle:
+            self._wake.notify()
 
     def _ensure_thread(self) -> None:
         if self._thread is None or not self._thread.is_alive():
@@ -117,44 +203,49 @@ class Committer:
     def _run(self, storage: Storage) -> None:
         while True:
             with self._wake:
+                self._working = False
                 if not self._queue and not self._wait():
                     self._thread = None
                     return
                 work = self._take()
-            self._renew_due(storage)
+                self._working = bool(work)
             if work:
                 self._do(storage, work)
-            self._look(storage)
 
     def _wait(self) -> bool:
-        """Wait for work, for a lease to be due or for the next look; ``False`` when the thread may end."""
-        now = time.monotonic()
-        due = min((held.due for held in self._leases.values()), default=None)
-        if any(held.on_messages is not None for held in self._leases.values()):
-            due = self._look_at if due is None else min(due, self._look_at)
-        timeout = IDLE_SECONDS if due is None else max(0.0, due - now)
-        notified = self._wake.wait(timeout)
-        return notified or due is not None or bool(self._queue)
+        """Wait for work; ``False`` when the thread may end."""
+        self._idle = True
+        notified = self._wake.wait(IDLE_SECONDS)
+        self._idle = False
+        return notified or bool(self._queue)
 
-    def _take(self) -> list[tuple[Future[Any], Write | Callable[[Storage], Any]]]:
+    def _take(self) -> list[_Item]:
         """The next writes that may share a transaction, or one call. Two of one run may: they keep their order."""
-        work: list[tuple[Future[Any], Write | Callable[[Storage], Any]]] = []
-        while self._queue and len(work) < MAX_BATCH:
-            is_write = isinstance(self._queue[0][1], Commit | JournalWrite)
+        work: list[_Item] = []
+        size = 0
+        while self._queue and len(work) < MAX_BATCH and size < MAX_BATCH_BYTES:
+            item = self._queue[0][1]
+            is_write = isinstance(item, Commit | JournalWrite)
             if work and not is_write:
                 break
             work.append(self._queue.popleft())
             if not is_write:
                 break
+            if isinstance(item, Commit):
+                size += sum(len(chunk.data) for chunk in item.chunks)
         return work
 
-    def _do(self, storage: Storage, work: list[tuple[Future[Any], Write | Callable[[Storage], Any]]]) -> None:
-        live = [(future, item) for future, item in work if future.set_running_or_notify_cancel()]
+    def _do(self, storage: Storage, work: list[_Item]) -> None:
+        live = [
+            (future, item)
+            for future, item in work
+            if isinstance(future, Ticket) or future.set_running_or_notify_cancel()
+        ]
         if not live:
             return
-        first = live[0][1]
+        future, first = live[0]
         if not isinstance(first, Commit | JournalWrite):
-            future = live[0][0]
+            assert isinstance(future, Future)
             try:
                 result = first(storage)
             except BaseException as error:  # noqa: BLE001 - handed to the caller, whatever it is
@@ -162,54 +253,50 @@ class Committer:
             else:
                 future.set_result(result)
             return
+        began = time.perf_counter()
+        writes = [item for _, item in live if isinstance(item, Commit | JournalWrite)]
         try:
-            outcomes: list[Exception | None] = storage.commit(
-                [item for _, item in live if isinstance(item, Commit | JournalWrite)]
-            )
+            writes = pack_writes(storage, writes)
+            outcomes: list[Exception | None] = storage.commit(writes)
         except Exception as error:
-            outcomes = [error] * len(live)
-        for (future, _), outcome in zip(live, outcomes, strict=True):
-            if outcome is None:
+            outcomes = [error] if len(writes) == 1 else self._each(storage, writes, error)
+        self._took((time.perf_counter() - began) / max(1, len(writes) // 4))
+        self._working = False  # who is told of it now may commit at once
+        self._tell([future for future, _ in live], outcomes)
+
+    def _each(self, storage: Storage, writes: Sequence[Write], failure: Exception) -> list[Exception | None]:
+        """Write a group's members one by one, after the group failed as a whole: the fault may lie in one of them."""
+        outcomes: list[Exception | None] = []
+        until = time.monotonic() + _RETRY_SECONDS
+        for write in writes:
+            if storage.closed or time.monotonic() > until:
+                outcomes.append(failure)
+                continue
+            try:
+                refused = storage.commit([write])[0]
+            except Exception as error:
+                outcomes.append(error)
+            else:
+                # A refusal may mean that only the group's answer was lost, which its member finds out by itself.
+                outcomes.append(None if refused is None else failure)
+        return outcomes
+
+    def _tell(self, futures: Sequence[Future[Any] | Ticket], outcomes: Sequence[Exception | None]) -> None:
+        """Set the outcomes; each event loop is woken once for all of them."""
+        waiters: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+        for future, outcome in zip(futures, outcomes, strict=True):
+            if isinstance(future, Ticket):
+                for loop, waiter in future.finish(outcome):
+                    waiters.setdefault(loop, []).append(waiter)
+            elif outcome is None:
                 future.set_result(None)
             else:
                 future.set_exception(outcome)
-
-    def _renew_due(self, storage: Storage) -> None:
-        now = time.monotonic()
-        with self._wake:
-            if storage.closed:
-                self._leases.clear()
-            due = [(run_id, held) for run_id, held in self._leases.items() if held.due <= now]
-        for run_id, held in due:
-            held.due = now + held.seconds / 3
+        for loop, its_own in waiters.items():
             try:
-                storage.renew_lease(run_id, held.token, held.seconds)
-            except (LeaseLost, RunNotFound) as error:
-                # The run's next commit will be refused for the same reason; that is where its owner learns of it.
-                logger.warning("Lease of run %r not renewed: %s", run_id, error)
-                self.drop(run_id, held.token)
-            except StorageError as error:
-                logger.warning("Lease of run %r not renewed, will try again: %s", run_id, error)
-
-    def _look(self, storage: Storage) -> None:
-        """Look for new messages to the runs that are held, if it is time."""
-        now = time.monotonic()
-        if now < self._look_at:
-            return
-        self._look_at = now + LOOK_SECONDS
-        with self._wake:
-            watched = {run_id: held for run_id, held in self._leases.items() if held.on_messages is not None}
-        if not watched or storage.closed:
-            return
-        try:
-            counts = storage.count_messages(list(watched))
-            for run_id, count in counts.items():
-                held = watched[run_id]
-                if count > held.told and held.on_messages is not None:
-                    held.on_messages(storage.read_messages(run_id))
-                    held.told = count
-        except StorageError as error:
-            logger.warning("Messages not looked for, will try again: %s", error)
+                loop.call_soon_threadsafe(_wake_all, its_own)
+            except RuntimeError:
+                logger.debug("commits were done after the event loop that waited for them was closed")
 
 
 _committers: weakref.WeakKeyDictionary[Storage, Committer] = weakref.WeakKeyDictionary()
@@ -236,3 +323,18 @@ def committer_of(storage: Storage) -> Committer:
         if found is None:
             found = _committers[storage] = Committer(storage)
         return found
+
+
+def release_all(seconds: float) -> None:
+    """Release every lease of this process, within ``seconds``: for one that ends and cannot end its runs.
+
+    Whatever those still commit is refused. A store that does not answer in time keeps its leases until they end.
+    """
+    with _lock:
+        committers = list(_committers.values())
+    threads = [threading.Thread(target=each.release_leases, daemon=True) for each in committers]
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))

@@ -136,6 +136,70 @@ def messages_go_with_their_run(subject: StorageUnderTest) -> None:
     equal([each.body for each in store.read_messages("run_1")], [b"2"], "its own message")
 
 
+def paused_runs_with_messages_are_listed(subject: StorageUnderTest) -> None:
+    """``list_messaged`` gives the paused runs that have a message, by id and in pages; no other run."""
+    store = subject.new()
+    ids = ["c", "a", "e", "b☃", "b", "\U0010ffffz", "\uffffz", "run 10", "run 2", "B", *ODD_IDS[:3]]
+    for run_id in (*ids, "without a message"):
+        store.open_run(new_run(run_id), "me", 60)
+        accept(store, commit(1, run_id, 1, state=RunState.PAUSED, release=True))
+    for number, run_id in enumerate(ids):
+        store.send(run_id, "m", b"1")
+        if number % 2:
+            store.send(run_id, "n", b"2")
+    for state in (RunState.RUNNING, RunState.FAILED, RunState.CANCELLED, RunState.COMPLETED):
+        store.open_run(new_run(f"is {state.value}"), "me", 60)
+        store.send(f"is {state.value}", "m", b"1")
+        accept(store, commit(1, f"is {state.value}", 1, state=state))
+    for seen in subject.before_and_after_reopening(store):
+        listed = seen.list_messaged()
+        equal([record.run_id for record in listed], sorted(ids), "the paused runs with messages")
+        equal(listed, [seen.find_run(record.run_id) for record in listed], "their records")
+        for limit in (1, 3, len(ids)):
+            pages, after = list[str](), ""
+            while page := seen.list_messaged(limit, after):
+                require(len(page) <= limit, f"a page of {limit} runs has {len(page)}")
+                after = page[-1].run_id
+                pages += [record.run_id for record in page]
+            equal(pages, sorted(ids), f"pages of {limit}")
+        equal(seen.list_messaged(0), [], "at most none of them")
+        equal([record.run_id for record in seen.list_messaged(1, "b")], ["b☃"], "the next after b")
+        equal([record.run_id for record in seen.list_messaged(1, "bb")], ["b☃"], "the next after no run's id")
+        equal(seen.list_messaged(after="\U0010ffffz"), [], "the next after the last")
+    for bad in ("nul\x00", "\ud800", "x" * 256):
+        with raises(InvalidId, f"the runs after {bad[:20]!r}"):
+            seen.list_messaged(after=bad)
+
+
+def runs_with_messages_come_and_go(subject: StorageUnderTest) -> None:
+    """A run is in ``list_messaged`` from its pause and first message on, until it is claimed, ends or is deleted."""
+    store = subject.new()
+
+    def listed() -> list[str]:
+        return [record.run_id for record in store.list_messaged()]
+
+    for run_id in ("run_1", "run_2"):
+        store.open_run(new_run(run_id), "me", 60)
+        store.send(run_id, "early", b"1")
+    equal(listed(), [], "before they pause")
+    accept(store, *(commit(1, run_id, 1, state=RunState.PAUSED, release=True) for run_id in ("run_1", "run_2")))
+    equal(listed(), ["run_1", "run_2"], "when they have paused")
+    token = store.claim_run("run_1", "you", 60).token
+    equal(listed(), ["run_2"], "when one is claimed")
+    accept(store, commit(2, token=token, checkpoint_id=None, state=RunState.PAUSED, wake_at=5.0, release=True))
+    equal(listed(), ["run_1", "run_2"], "when it has paused again, with a time to wake at, too")
+    first = commit(2, "fork", state=RunState.PAUSED)
+    store.fork_run("run_1", 1, b"{}", first)
+    equal(listed(), ["run_1", "run_2"], "after a fork, which takes no messages")
+    store.send("fork", "m", b"1")
+    store.delete_run("run_2")
+    equal(listed(), ["fork", "run_1"], "when one is deleted and the fork has a message")
+    store.open_run(new_run("run_2"), "me", 60)
+    accept(store, commit(1, "run_2", 1, state=RunState.PAUSED, release=True))
+    accept(store, commit(3, state=RunState.COMPLETED))
+    equal(listed(), ["fork"], "when one is completed, and a new run has the id of the deleted one")
+
+
 def runs_are_found_by_prefix(subject: StorageUnderTest) -> None:
     """``find_runs`` gives the runs whose id begins so, by id, an equal one first; no text is a pattern."""
     store = subject.new()
@@ -175,5 +239,7 @@ CHECKS: tuple[Check, ...] = (
     completed_runs_take_no_messages,
     message_names_may_be_odd,
     messages_go_with_their_run,
+    paused_runs_with_messages_are_listed,
+    runs_with_messages_come_and_go,
     runs_are_found_by_prefix,
 )

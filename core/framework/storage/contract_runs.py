@@ -287,7 +287,7 @@ def completed_runs_are_not_claimed(subject: StorageUnderTest) -> None:
 
 
 def recovery_attempts_count_crashes(subject: StorageUnderTest) -> None:
-    """Each claim of a crashed run counts; one of a run that ended in any other way starts anew."""
+    """Each claim from an owner that vanished counts, until there is progress; a lease given up is no crash."""
     store = subject.new()
     store.open_run(new_run(), "me", 0)
     for attempts in (1, 2, 3):
@@ -296,7 +296,31 @@ def recovery_attempts_count_crashes(subject: StorageUnderTest) -> None:
     record = store.claim_run("run_1", "owner", 60)
     accept(store, commit(1, token=record.token, state=RunState.FAILED, error="e", release=True))
     equal(found(store).recovery_attempts, 4, "attempts after a failure")
-    equal(store.claim_run("run_1", "owner", 60).recovery_attempts, 0, "attempts after claiming a failed run")
+    equal(store.claim_run("run_1", "owner", 0).recovery_attempts, 0, "attempts after claiming a failed run")
+    for attempts in (1, 2):
+        record = store.claim_run("run_1", "owner", 0)
+        equal(record.recovery_attempts, attempts, "attempts after another crash")
+    store.release_lease("run_1", record.token)
+    record = store.claim_run("run_1", "owner", 0)
+    equal((record.state, record.recovery_attempts), (RunState.CRASHED, 2), "attempts after a lease was given up")
+    accept(store, commit(2, token=record.token))
+    equal(found(store).recovery_attempts, 2, "attempts after a commit that is no progress")
+    accept(store, commit(3, token=record.token, progress=True))
+    equal(found(store).recovery_attempts, 0, "attempts after progress")
+    equal(store.claim_run("run_1", "owner", 60).recovery_attempts, 1, "attempts after a crash that followed progress")
+
+
+def leases_are_renewed_together(subject: StorageUnderTest) -> None:
+    """``renew_leases`` answers for each lease, and renews those that are held."""
+    store = subject.new()
+    for run_id in ("a", "b", "c"):
+        store.open_run(new_run(run_id), "me", 0)
+    store.claim_run("b", "you", 0)
+    outcomes = store.renew_leases([("a", 1), ("b", 1), ("nobody", 1), ("c", 1)], 60)
+    equal([type(each) for each in outcomes], [type(None), LeaseLost, RunNotFound, type(None)], "what became of each")
+    states = [found(store, run_id).state for run_id in ("a", "b", "c")]
+    equal(states, [RunState.RUNNING, RunState.CRASHED, RunState.RUNNING], "the states after renewing")
+    equal(store.renew_leases([], 60), [], "renewing nothing")
 
 
 def claim_has_one_winner(subject: StorageUnderTest) -> None:
@@ -421,6 +445,7 @@ CHECKS: tuple[Check, ...] = (
     claim_knows_the_last_commit,
     completed_runs_are_not_claimed,
     recovery_attempts_count_crashes,
+    leases_are_renewed_together,
     claim_has_one_winner,
     leases_follow_the_clock,
     runs_are_listed_newest_first,

@@ -30,3 +30,22 @@ def keep(path: Path, fingerprint: str, definition: bytes) -> None:
     except CorruptData as error:
         logger.warning("A damaged definition is written again: %s", error)
     write_atomic(path, dump_checked({"fingerprint": fingerprint, "definition": show(definition)}))
+
+
+def fingerprint_in(path: Path) -> str | None:
+    """What the definition at a path is of, or ``None`` when there is none. Raises ``CorruptData``."""
+    try:
+        found = load_checked(path).get("fingerprint")
+    except FileNotFoundError:
+        return None
+    if not isinstance(found, str):
+        raise CorruptData(f"{path} is not a definition of this store.")
+    return found
+
+
+def replace(path: Path, fingerprint: str, old: bytes, new: bytes) -> bool:
+    """Put ``new`` in the place of a definition that still is ``old``; whether it was."""
+    if read(path, fingerprint) != old:
+        return False
+    write_atomic(path, dump_checked({"fingerprint": fingerprint, "definition": show(new)}))
+    return True

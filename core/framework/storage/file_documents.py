@@ -47,14 +47,11 @@ class RunDocuments:
 
     def save(self, run: Run) -> None:
         """Store a document with its summary and index entries."""
-        data = document_bytes(run)
-        content = json.loads(data)
-        content[_CHECKSUM] = _digest(content)
-        text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+        text = _with_checksum(document_bytes(run))
         with self._lock():
             self._begin(run.id)
             old = self._entries(run.id)
-            write_atomic(self._path(run.id), text.encode())
+            write_atomic(self._path(run.id), text)
             summary = RunSummary.from_run(run).model_dump_json(indent=2)
             write_atomic(self._summaries / f"{file_name(run.id)}.json", summary.encode())
             order = self._read(self._all)
@@ -70,6 +67,17 @@ class RunDocuments:
                     position = {run_id: index for index, run_id in enumerate(order)}
                     self._write(path, sorted([*known, run.id], key=lambda one: position.get(one, len(order))))
             self._end()
+
+    def replace(self, run_id: str, old: bytes, new: bytes) -> bool:
+        """Put ``new`` in the place of a document that still is ``old``; whether it was. It is looked up by the same."""
+        with self._lock():
+            run = self._try_load(run_id)
+            if run is None or document_bytes(run) != old:
+                return False
+            summary = RunSummary.from_run(parse_document(new, run_id, str(self._path(run_id))))
+            write_atomic(self._path(run_id), _with_checksum(new))
+            write_atomic(self._summaries / f"{file_name(run_id)}.json", summary.model_dump_json(indent=2).encode())
+            return True
 
     def load(self, run_id: str) -> Run | None:
         """The document of a run, or ``None``. Raises ``CorruptData``."""
@@ -247,6 +255,12 @@ class RunDocuments:
 
     def _path(self, run_id: str) -> Path:
         return self._runs / f"{file_name(run_id)}.json"
+
+
+def _with_checksum(data: bytes) -> bytes:
+    content = json.loads(data)
+    content[_CHECKSUM] = _digest(content)
+    return (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from framework.errors import CorruptData, MessageRefused
-from framework.storage.file_io import dump_checked, file_name, load_checked, make_directory, show, unshow, write_atomic
+from framework.storage.file_io import (
+    HeldLock,
+    dump_checked,
+    file_name,
+    load_checked,
+    make_directory,
+    show,
+    unshow,
+    write_atomic,
+)
 from framework.storage.records import Damage, Message
+
+_PLACE = 1
+"""Of the mark in a run's lock that says whether messages were left; the first place is ``file_folder``'s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,16 +31,49 @@ class _Numbered:
     message: Message
 
 
-def leave(folder: Path, message: Message) -> None:
-    """Put a message in the folder of its run. Raises ``MessageRefused`` when its name is taken."""
-    path = folder / f"{file_name(message.name)}.json"
-    if path.exists():
-        raise MessageRefused(message.run_id, message.name, "one of this name was left before.")
-    make_directory(folder)
+class RunMessages:
+    """Leaves messages for one run, without counting again those that it knows of."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._mark: bytes | None = None
+        self._count = 0
+
+    def leave(self, message: Message, lock: HeldLock) -> None:
+        """Put a message in the folder of its run. Raises ``MessageRefused`` when its name is taken."""
+        path = self.folder / f"{file_name(message.name)}.json"
+        if path.exists():
+            raise MessageRefused(message.run_id, message.name, "one of this name was left before.")
+        mark = lock.mark(_PLACE)
+        if mark is None or mark != self._mark:  # another process left one since
+            self._count = count(self.folder)
+        self._mark = None
+        mark = lock.new_mark(_PLACE)
+        make_directory(self.folder)
+        _put(path, _Numbered(self._count + 1, message))  # the order they were left in, whatever the clock did
+        self._count += 1
+        self._mark = mark
+
+
+def replace(folder: Path, run_id: str, name: str, old: bytes, new: bytes) -> bool:
+    """Put ``new`` in the place of a message's body that still is ``old``; whether it was."""
+    path = folder / f"{file_name(name)}.json"
+    try:
+        found = _load(path, run_id)
+    except (CorruptData, FileNotFoundError):
+        return False
+    if found.message.body != old:
+        return False
+    _put(path, _Numbered(found.number, dataclasses.replace(found.message, body=new)))
+    return True
+
+
+def _put(path: Path, numbered: _Numbered) -> None:
+    message = numbered.message
     content = {
         "run_id": message.run_id,
         "name": message.name,
-        "number": count(folder) + 1,  # the order they were left in, whatever the clock did
+        "number": numbered.number,
         "sent_at": message.sent_at,
         "body": show(message.body),
     }
@@ -45,6 +91,15 @@ def read(folder: Path, run_id: str, on_damage: Callable[[Damage], None] | None) 
                 on_damage(Damage(run_id, None, str(path), str(error)))
     found.sort(key=lambda each: each.number)
     return [each.message for each in found]
+
+
+def folders(parent: Path) -> list[str]:
+    """The names of the folders that hold messages, one for each run that has any."""
+    try:
+        names = os.listdir(parent)
+    except FileNotFoundError:  # no run ever had one
+        return []
+    return [name for name in names if count(parent / name)]
 
 
 def count(folder: Path) -> int:

@@ -10,7 +10,7 @@ from framework.schemas.run import RunState
 from framework.storage.checks import printable
 from framework.storage.file_commits import Entry
 from framework.storage.file_io import dump_checked, load_checked, show, unshow, write_atomic
-from framework.storage.records import Commit, NewRun, RunRecord
+from framework.storage.records import Commit, NewRun, RunRecord, attempts_after_claim
 
 
 def read_record(path: Path) -> RunRecord | None:
@@ -53,6 +53,20 @@ def new_record(new: NewRun, now: float, owner: str | None, lease_seconds: float)
     )
 
 
+def claimed_record(stored: RunRecord, found: RunRecord, owner: str, now: float, lease_seconds: float) -> RunRecord:
+    """The record of a run that ``owner`` takes over now, which it ``found`` so."""
+    return replace(
+        stored,
+        owner=owner,
+        token=stored.token + 1,
+        lease_until=now + lease_seconds,
+        state=RunState.RUNNING,
+        wake_at=None,
+        recovery_attempts=attempts_after_claim(found),
+        updated_at=now,
+    )
+
+
 def forked_record(source: RunRecord, first: Commit, header: bytes, now: float) -> RunRecord:
     """The record of a run that is made now from ``source``, after its first commit."""
     return replace(
@@ -79,6 +93,11 @@ def after(record: RunRecord, entry: Entry) -> RunRecord:
     if entry.state is not None:
         record = replace(record, state=entry.state, error=entry.error, updated_at=entry.at, wake_at=entry.wake_at)
     return replace(record, owner=None, lease_until=0.0) if entry.release else record
+
+
+def with_progress(record: RunRecord, commit: Commit) -> RunRecord:
+    """The record once a commit has told of progress."""
+    return replace(record, recovery_attempts=0) if commit.progress and record.recovery_attempts else record
 
 
 def holder_of(record: RunRecord, now: float) -> str | None:

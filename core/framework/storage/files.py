@@ -3,12 +3,16 @@
 Below the folder: ``runs/``, ``summaries/``, ``indexes/`` (``Run`` documents, see ``file_documents``), and per run
 ``executions/<run>.json`` (record and lease), ``checkpoints/by_run/<run>/`` and ``history/<run>/`` (commits, see
 ``file_commits``), ``journal/<run>/`` (``file_journal``), ``messages/<run>/`` (``file_messages``),
+``pins/`` (``file_pins``), ``retired/`` (``file_sweep``),
 ``checkpoint_indexes/latest_<run>.txt`` (the newest checkpoint's id, for people; nothing relies on it),
 ``definitions/`` (kept, as runs share them) and ``locks/``.
 
 A commit is one file put in its place by one rename: that is the moment it happens. What follows, such as the record's
 new state and retention, is derived from it again if a crash comes first: commits newer than the record say what it
 lacks. Locks are ``flock`` on local file systems; use one machine.
+
+What a run's folders hold is kept in memory (``file_runs``, ``file_journal``), so a write costs what it changes and not
+what is there already. A mark in the run's lock file tells when another process was there; then they are read again.
 """
 
 from __future__ import annotations
@@ -16,16 +20,14 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from urllib.parse import quote
 
-from framework import _faults
 from framework.errors import (
     CommitConflict,
     CorruptData,
@@ -34,11 +36,10 @@ from framework.errors import (
     RunBusy,
     RunExists,
     RunNotFound,
-    StorageError,
     SurefootError,
 )
 from framework.schemas.run import Run, RunState
-from framework.storage import file_definitions, file_forks, file_journal, file_messages, forks
+from framework.storage import file_definitions, file_forks, file_messages, file_pins, forks
 from framework.storage.checks import (
     MAX_KEY,
     check_fork,
@@ -52,31 +53,30 @@ from framework.storage.checks import (
     printable,
     refusal,
 )
-from framework.storage.chunks import Chunk
 from framework.storage.documents import FindsDocuments, Index
-from framework.storage.driver_errors import translate
-from framework.storage.file_commits import CommitFile, Entry, RunFiles, checkpoint_row, read_row
+from framework.storage.file_commits import CommitFile, Entry
+from framework.storage.file_contents import HasContents
 from framework.storage.file_documents import INDEXES, RunDocuments
 from framework.storage.file_io import (
     dump_checked,
     file_name,
     load_checked,
-    locked,
     make_directory,
     remove_stale,
     write_atomic,
 )
 from framework.storage.file_records import (
-    after,
     age,
+    claimed_record,
     forked_record,
     holder_of,
     new_record,
-    read_record,
-    shown,
-    write_record,
+    with_progress,
 )
-from framework.storage.interface import IsAlive, Storage
+from framework.storage.file_runs import RunFiles, checkpoint_row, read_row
+from framework.storage.file_strays import FindsStrays
+from framework.storage.file_sweep import SweepsFiles
+from framework.storage.interface import IsAlive, Rewrite, Storage
 from framework.storage.records import (
     CheckpointRow,
     Commit,
@@ -91,25 +91,19 @@ from framework.storage.records import (
     VerifyReport,
     Write,
 )
-from framework.storage.verify import newest_readable, verify_run
+from framework.storage.verify import newest_readable, refuse_pinned, verify_run
 
 logger = logging.getLogger(__name__)
 
-_CACHED_RUNS = 256
 
-
-class FileStorage(FindsDocuments, Storage):
+class FileStorage(FindsDocuments, SweepsFiles, FindsStrays, HasContents, Storage):
     """A store in a folder, for any number of processes on one machine. The folder is made when missing.
 
     ``clock`` gives seconds since the epoch, for leases and times; the order of commits never depends on it.
     """
 
     def __init__(self, base_path: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> None:
-        self.base_path = Path(base_path)
-        self._clock = clock
-        self._lock = threading.RLock()
-        self.closed = False
-        self._files: dict[str, RunFiles] = {}
+        super().__init__(base_path, clock)
         self._documents = RunDocuments(self.base_path, self._index_lock)
         folders = ["runs", "summaries", "checkpoints/by_run", "checkpoint_indexes", "history", "executions"]
         folders += ["definitions", "locks", *(f"indexes/{index}" for index in INDEXES)]
@@ -132,108 +126,11 @@ class FileStorage(FindsDocuments, Storage):
     def get_stats(self) -> dict[str, int | str]:
         return {**super().get_stats(), "storage_path": str(self.base_path)}
 
-    def close(self) -> None:
-        with self._lock:
-            self.closed = True
-            self._files.clear()
-
-    def before_fork(self) -> None:
-        self._lock.acquire()
-
-    def after_fork(self, child: bool) -> None:
-        self._lock.release()
-
-    # --- locks and paths ----------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _guard(self, doing: str) -> Iterator[None]:
-        """This thread alone in the store, with the system's errors translated."""
-        with self._lock:
-            if self.closed:
-                raise StorageError(f"The store {self.base_path} is closed.")
-            try:
-                yield
-            except OSError as error:
-                raise translate(error, self.base_path, doing) from error
-
-    @contextmanager
-    def _run_lock(self, run_id: str, doing: str, *, shared: bool = False, new: bool = False) -> Iterator[RunFiles]:
-        """A run's files, found anew and held against other threads and processes.
-
-        Unless it is ``new``, an unknown run has none to read (``shared``) and raises ``RunNotFound`` otherwise; nobody
-        needs a lock file for each id that is asked for.
-        """
-        name = file_name(check_id(run_id))
-        with self._guard(f"{doing} run {run_id!r}"):
-            if not new and not self._record_path(run_id).exists():
-                if not shared:
-                    raise RunNotFound(run_id)
-                yield RunFiles(run_id, self._checkpoints(run_id), self._history(run_id))
-                return
-            with locked(self.base_path / "locks" / f"{name}.lock", shared=shared):
-                files = self._files.pop(run_id, None)
-                if files is None:
-                    files = RunFiles(run_id, self._checkpoints(run_id), self._history(run_id))
-                    if len(self._files) >= _CACHED_RUNS:
-                        del self._files[next(iter(self._files))]
-                self._files[run_id] = files
-                files.refresh()
-                yield files
-
-    @contextmanager
-    def _index_lock(self, *, shared: bool = False) -> Iterator[None]:
-        with self._guard("use the indexes of"), locked(self.base_path / "locks" / "~indexes.lock", shared=shared):
-            yield
-
-    def _record_path(self, run_id: str) -> Path:
-        return self.base_path / "executions" / f"{file_name(run_id)}.json"
-
-    def _checkpoints(self, run_id: str) -> Path:
-        return self.base_path / "checkpoints" / "by_run" / file_name(run_id)
-
-    def _history(self, run_id: str) -> Path:
-        return self.base_path / "history" / file_name(run_id)
-
-    def _messages(self, run_id: str) -> Path:
-        return self.base_path / "messages" / file_name(run_id)
-
-    def _journal(self, run_id: str) -> Path:
-        return self.base_path / "journal" / file_name(run_id)
-
-    def _pointer(self, run_id: str) -> Path:
-        return self.base_path / "checkpoint_indexes" / f"latest_{file_name(run_id)}.txt"
-
-    def _definition_path(self, fingerprint: str) -> Path:
-        return self.base_path / "definitions" / f"{file_name(fingerprint)}.json"
-
-    # --- run records --------------------------------------------------------------------------------------------
-
-    def _read_record(self, path: Path) -> RunRecord | None:
-        record = read_record(path)
-        if record is not None and self._record_path(record.run_id) != path:
-            raise CorruptData(f"{path} was renamed or copied: it is the record of run {record.run_id!r}.")
-        return record
-
-    def _stored(self, files: RunFiles) -> RunRecord | None:
-        """The record with what commits newer than it changed: the run as it is stored."""
-        record = self._read_record(self._record_path(files.run_id))
-        if record is None:
-            return None
-        for sequence in sorted(sequence for sequence in files.commits if sequence > record.sequence):
-            record = after(record, files.commits[sequence])
-        return record
-
-    def _write_record(self, record: RunRecord) -> None:
-        write_record(self._record_path(record.run_id), record)
-
-    def _shown(self, record: RunRecord, *, gone: bool = False) -> RunRecord:
-        return shown(record, None if gone else holder_of(record, self._clock()))
-
     # --- runs ---------------------------------------------------------------------------------------------------
 
     def open_run(self, new: NewRun, owner: str | None = None, lease_seconds: float = 0.0) -> RunRecord:
         check_new_run(new, owner)
-        with self._run_lock(new.run_id, "record", new=True) as files:
+        with self._run_lock(new.run_id, "record", new=True, edits=True) as files:
             if self._record_path(new.run_id).exists():
                 raise RunExists(new.run_id)
             now = self._clock()
@@ -252,7 +149,7 @@ class FileStorage(FindsDocuments, Storage):
                 chunks=tuple(new.chunks),
                 reach=files.reach_after(0, new.chunks),
             )
-            write_atomic(files.history_path(0), initial.to_bytes())
+            files.put(files.history_path(0), initial)
             self._write_record(record)
             return self._shown(record)
 
@@ -270,7 +167,7 @@ class FileStorage(FindsDocuments, Storage):
         sequence: int | None = None,
     ) -> RunRecord:
         check_id(owner, "owner", MAX_KEY)
-        with self._run_lock(run_id, "claim") as files:
+        with self._run_lock(run_id, "claim", anew=True) as files:
             stored = self._known(files)
             found = self._shown(stored)
             if found.state is RunState.COMPLETED:
@@ -283,16 +180,7 @@ class FileStorage(FindsDocuments, Storage):
                 found = self._shown(stored, gone=True)
             if sequence is not None and stored.sequence != sequence:
                 raise moved_on(stored, sequence)
-            claimed = replace(
-                stored,
-                owner=owner,
-                token=stored.token + 1,
-                lease_until=now + lease_seconds,
-                state=RunState.RUNNING,
-                wake_at=None,
-                recovery_attempts=stored.recovery_attempts + 1 if found.state is RunState.CRASHED else 0,
-                updated_at=now,
-            )
+            claimed = claimed_record(stored, found, owner, now, lease_seconds)
             self._write_record(claimed)
             return replace(claimed, state=found.state, error=found.error)
 
@@ -345,11 +233,14 @@ class FileStorage(FindsDocuments, Storage):
             if current is not None:
                 yield current
 
-    def _records(self, on_damage: Callable[[Damage], None] | None = None) -> list[RunRecord]:
-        """The readable records as they are in their files, oldest first."""
+    def _records(
+        self, names: Iterable[str] | None = None, on_damage: Callable[[Damage], None] | None = None
+    ) -> list[RunRecord]:
+        """The readable records as they are in their files, oldest first: all, or those of runs with these names."""
         found = []
         with self._guard("list its runs"):
-            for path in (self.base_path / "executions").glob("[!.]*.json"):
+            folder = self.base_path / "executions"
+            for path in folder.glob("[!.]*.json") if names is None else [folder / f"{name}.json" for name in names]:
                 try:
                     record = self._read_record(path)
                 except CorruptData as error:
@@ -361,8 +252,8 @@ class FileStorage(FindsDocuments, Storage):
                     found.append(record)
         return sorted(found, key=age)
 
-    def delete_run(self, run_id: str) -> bool:
-        with self._run_lock(run_id, "delete", new=True) as files:
+    def delete_run(self, run_id: str, *, force: bool = False) -> bool:
+        with self._run_lock(run_id, "delete", new=True, edits=True) as files:
             path = self._record_path(run_id)
             existed = path.exists()
             try:
@@ -372,6 +263,7 @@ class FileStorage(FindsDocuments, Storage):
             else:
                 if stored is not None:
                     self._refuse_if_held(stored)
+                    file_pins.refuse_if_pinned(self._pins(run_id), force=force)
             path.unlink(missing_ok=True)  # from here on there is no such run
             self._clear(files)
             self._files.pop(run_id, None)
@@ -381,22 +273,12 @@ class FileStorage(FindsDocuments, Storage):
 
     def _clear(self, files: RunFiles) -> None:
         self._pointer(files.run_id).unlink(missing_ok=True)
+        self._pins_path(files.run_id).unlink(missing_ok=True)
         for folder in (files.checkpoints, files.history, self._messages(files.run_id), self._journal(files.run_id)):
             if folder.exists():
                 shutil.rmtree(folder)
+        files.journal.forget()
         files.refresh()
-
-    def _known(self, files: RunFiles) -> RunRecord:
-        record = self._stored(files)
-        if record is None:
-            raise RunNotFound(files.run_id)
-        return record
-
-    def _refuse_if_held(self, record: RunRecord) -> None:
-        now = self._clock()
-        holder = holder_of(record, now)
-        if holder is not None:
-            raise RunBusy(record.run_id, holder, record.lease_until - now)
 
     # --- messages -----------------------------------------------------------------------------------------------
 
@@ -406,7 +288,7 @@ class FileStorage(FindsDocuments, Storage):
         with self._run_lock(run_id, "send a message to") as files:
             if self._known(files).state is RunState.COMPLETED:
                 raise MessageRefused(run_id, name, "the run is completed.")
-            file_messages.leave(self._messages(run_id), Message(run_id, name, bytes(body), self._clock()))
+            files.messages.leave(Message(run_id, name, bytes(body), self._clock()), files.lock)
 
     def read_messages(self, run_id: str, on_damage: Callable[[Damage], None] | None = None) -> list[Message]:
         with self._run_lock(run_id, "read the messages of", shared=True):
@@ -419,6 +301,17 @@ class FileStorage(FindsDocuments, Storage):
             counts = {run_id: file_messages.count(self._messages(check_id(run_id))) for run_id in run_ids}
         return {run_id: count for run_id, count in counts.items() if count}
 
+    def list_messaged(self, limit: int = 100, after: str = "") -> list[RunRecord]:
+        check_prefix(after)
+        # A completed run never pauses again, so its commits need not be looked at.
+        found = [
+            record.run_id
+            for record in self._records(file_messages.folders(self.base_path / "messages"))
+            if record.run_id > after and record.state is not RunState.COMPLETED
+        ]
+        paused = (record for record in self._current(sorted(found)) if record.state is RunState.PAUSED)
+        return list(islice(paused, limit))
+
     # --- journal ------------------------------------------------------------------------------------------------
 
     def read_journal(
@@ -428,11 +321,13 @@ class FileStorage(FindsDocuments, Storage):
         with self._run_lock(run_id, "read the journal of", shared=True) as files:
             if not self._record_path(run_id).exists():
                 return []
-            return file_journal.read(self._journal(run_id), run_id, wanted, files.commits.values(), on_damage)
+            return files.journal.read(wanted, files.done, on_damage)
 
     # --- forks --------------------------------------------------------------------------------------------------
 
-    def fork_run(self, run_id: str, sequence: int, header: bytes, first: Commit) -> RunRecord:
+    def fork_run(
+        self, run_id: str, sequence: int, header: bytes, first: Commit, rewrite: Rewrite | None = None
+    ) -> RunRecord:
         check_fork(run_id, sequence, first)
         new_id = first.run_id
         if new_id == run_id:
@@ -440,7 +335,9 @@ class FileStorage(FindsDocuments, Storage):
         with ExitStack() as locks:
             # In one order everywhere, so that two forks never wait for each other.
             held = {
-                one: locks.enter_context(self._run_lock(one, "fork", shared=one == run_id, new=one == new_id))
+                one: locks.enter_context(
+                    self._run_lock(one, "fork", shared=one == run_id, new=one == new_id, edits=one == new_id, anew=True)
+                )
                 for one in sorted((run_id, new_id))
             }
             source, target = held[run_id], held[new_id]
@@ -448,11 +345,10 @@ class FileStorage(FindsDocuments, Storage):
             if self._record_path(new_id).exists():
                 raise RunExists(new_id)
             self._clear(target)
-            file_forks.copy(source, target, sequence)
+            file_forks.copy(source, target, sequence, rewrite)
             self._publish(target, first)
             made = forked_record(found, first, header, self._clock())
             self._write_record(made)  # from here on there is such a run
-            target.refresh()
             self._point(target)
             if first.retention is not None and first.checkpoint_id is not None:
                 self._prune(target, first.retention)
@@ -471,9 +367,9 @@ class FileStorage(FindsDocuments, Storage):
         if refused is not None:
             return refused
         try:
-            with self._run_lock(write.run_id, "write the journal of") as files:
+            with self._run_lock(write.run_id, "write the journal of", edits=True) as files:
                 last = self._fence(files, write.token).sequence
-                file_journal.write(self._journal(write.run_id), write.run_id, last, write.rows)
+                files.journal.write(last, write.rows)
         except SurefootError as error:
             return error
         return None
@@ -483,13 +379,22 @@ class FileStorage(FindsDocuments, Storage):
         if refused is not None:
             return refused
         try:
-            with self._run_lock(commit.run_id, "commit") as files:
+            with self._run_lock(commit.run_id, "commit", edits=True) as files:
                 self._admit(files, commit)
-                replaced = self._publish(files, commit)
+                try:
+                    replaced = self._publish(files, commit)
+                except CorruptData:
+                    files.refresh(reread=True)  # a file was damaged since it was found; it is left out from here on
+                    replaced = self._publish(files, commit)
                 # It is durable: whatever goes wrong from here on, it must not be reported as refused.
                 try:
-                    self._follow_up(files, commit, replaced)
+                    try:
+                        self._follow_up(files, commit, replaced)
+                    except CorruptData:
+                        files.refresh(reread=True)
+                        self._follow_up(files, commit, replaced)
                 except (OSError, CorruptData) as error:
+                    files.doubtful = True
                     logger.warning("Run %r: commit %d is durable, but: %s", commit.run_id, commit.sequence, error)
         except SurefootError as error:
             return error
@@ -531,25 +436,26 @@ class FileStorage(FindsDocuments, Storage):
             journal_done=tuple(commit.journal_done),
         )
         replaced = None if commit.replaces is None else files.commits.get(commit.replaces)
-        if replaced is not None and replaced.checkpoint_id is None:
+        if replaced is not None and (
+            replaced.checkpoint_id is None or any(pin.sequence == replaced.sequence for pin in self._pins(files.run_id))
+        ):
             replaced = None
         path = files.history_path(commit.sequence)
         if commit.checkpoint_id is not None:
             path = files.checkpoint_path(commit.checkpoint_id)
             if replaced is not None and replaced.path == path:
                 # The rename below overwrites it, so what must outlive it is copied first.
-                write_atomic(files.history_path(replaced.sequence), files.read_entry(replaced).without(()).to_bytes())
+                files.put(files.history_path(replaced.sequence), files.read_entry(replaced).without(()))
             elif path.exists():
                 path = path.with_name(f"{files.second_name(commit.checkpoint_id, commit.sequence)}.json")
         make_directory(path.parent)
-        write_atomic(path, content.to_bytes(), point="commit.inside")
+        files.put(path, content, point="commit.inside")
         return replaced
 
     def _follow_up(self, files: RunFiles, commit: Commit, replaced: Entry | None) -> None:
-        files.refresh()
-        self._write_record(self._known(files))
+        self._write_record(with_progress(self._known(files), commit))
         if commit.journal_done:
-            file_journal.remove_done(self._journal(files.run_id), files.run_id, files.commits.values())
+            files.journal.remove_done(commit.journal_done, files.done)
         if commit.checkpoint_id is not None:
             self._point(files)
         if replaced is not None:
@@ -564,26 +470,22 @@ class FileStorage(FindsDocuments, Storage):
 
     def _point(self, files: RunFiles) -> None:
         """Let the pointer name the newest checkpoint."""
-        retained = files.retained()
+        newest = files.newest()
         path = self._pointer(files.run_id)
-        if retained:
-            write_atomic(path, (retained[-1].checkpoint_id or "").encode(), durable=False)
+        if newest is not None:
+            write_atomic(path, (newest.checkpoint_id or "").encode(), durable=False)
         else:
             path.unlink(missing_ok=True)
 
     def _prune(self, files: RunFiles, retention: Retention, needed: int | None = None) -> int:
-        """Retire all but the newest checkpoints; those from sequence ``needed`` on stay in any case."""
-        retained = files.retained()
+        """Retire all but the newest checkpoints; pinned ones, and those from ``needed`` on, stay in any case."""
+        retained = files.retained() if retention.keep is not None else []
         if retention.keep is None or len(retained) <= max(1, retention.keep):
             return 0
         oldest = retained[-max(1, retention.keep)].sequence
         if needed is not None:
             oldest = min(oldest, needed)
-        dropped = [entry for entry in retained if entry.sequence < oldest]
-        if dropped:
-            _faults.reach("retention")
-            files.retire(dropped, since=dropped[0].sequence, after=0, upto=oldest)
-        return len(dropped)
+        return self._drop(files, [entry for entry in retained if entry.sequence < oldest], oldest)
 
     # --- reading commits ----------------------------------------------------------------------------------------
 
@@ -594,15 +496,14 @@ class FileStorage(FindsDocuments, Storage):
     def read_log(self, run_id: str, after: int = 0, on_damage: Callable[[Damage], None] | None = None) -> list[LogRow]:
         report = on_damage or _ignore
         rows = []
-        with self._run_lock(run_id, "read the log of", shared=True) as files:
-            for sequence in sorted(sequence for sequence in files.commits if sequence > max(0, after)):
-                entry = files.commits[sequence]
+        with self._run_lock(run_id, "read the log of", shared=True, anew=True) as files:
+            for entry in files.after(after):
                 try:
                     content = files.read_entry(entry)
                 except CorruptData as error:
-                    report(Damage(run_id, sequence, str(entry.path), str(error)))
+                    report(Damage(run_id, entry.sequence, str(entry.path), str(error)))
                 else:
-                    rows.append(LogRow(sequence, content.record, content.log))
+                    rows.append(LogRow(entry.sequence, content.record, content.log))
             for damage in files.damage:
                 if damage.sequence is None or damage.sequence > after:
                     report(damage)
@@ -612,7 +513,7 @@ class FileStorage(FindsDocuments, Storage):
         self, run_id: str, on_damage: Callable[[Damage], None] | None = None, limit: int | None = None
     ) -> Iterator[CheckpointRow]:
         report = on_damage or _ignore
-        with self._run_lock(run_id, "read the checkpoints of", shared=True) as files:
+        with self._run_lock(run_id, "read the checkpoints of", shared=True, anew=True) as files:
             entries = files.retained()[::-1][:limit]
             for damage in files.damage:
                 if Path(damage.where).parent == files.checkpoints:
@@ -631,7 +532,7 @@ class FileStorage(FindsDocuments, Storage):
 
     def find_checkpoint_row(self, run_id: str, checkpoint_id: str) -> CheckpointRow | None:
         check_id(checkpoint_id, "checkpoint id", MAX_KEY)
-        with self._run_lock(run_id, "read a checkpoint of", shared=True) as files:
+        with self._run_lock(run_id, "read a checkpoint of", shared=True, anew=True) as files:
             found = [entry for entry in files.retained() if entry.checkpoint_id == checkpoint_id]
             if found:
                 return checkpoint_row(files.read_entry(found[-1]))
@@ -640,30 +541,31 @@ class FileStorage(FindsDocuments, Storage):
                 raise CorruptData(damage.problem)
             return None
 
-    def read_chunks(self, run_id: str, sequence: int) -> list[Chunk]:
-        with self._run_lock(run_id, "read the state of", shared=True) as files:
-            return files.state_chunks(sequence) if self._record_path(run_id).exists() else []
-
     def prune(self, run_id: str, retention: Retention) -> int:
         needed = newest_readable(self, run_id)
-        with suppress(RunNotFound), self._run_lock(run_id, "prune") as files:
+        with suppress(RunNotFound), self._run_lock(run_id, "prune", edits=True, anew=True) as files:
             return self._prune(files, retention, needed)
         return 0
 
     def rewind(self, run_id: str, token: int, sequence: int) -> int:
-        with self._run_lock(run_id, "rewind") as files:
+        refuse_pinned(self, run_id, sequence)
+        with self._run_lock(run_id, "rewind", edits=True, anew=True) as files:
             stored = self._known(files)
             if stored.token != token or stored.owner is None:
                 raise LeaseLost(run_id, token)
             count = files.rewind(sequence, keep_damaged=True)
+            self._keep_pins(run_id, sequence)
             self._point(files)
             return count
 
-    def delete_checkpoints(self, run_id: str) -> int:
-        with suppress(RunNotFound), self._run_lock(run_id, "delete the checkpoints of") as files:
+    def delete_checkpoints(self, run_id: str, *, force: bool = False) -> int:
+        with suppress(RunNotFound), self._run_lock(run_id, "delete the checkpoints of", edits=True, anew=True) as files:
             self._refuse_if_held(self._known(files))
+            file_pins.refuse_if_pinned(self._pins(run_id), force=force)
             count = files.rewind(0, keep_damaged=False)
+            self._keep_pins(run_id, 0)
             shutil.rmtree(self._journal(run_id), ignore_errors=not self._journal(run_id).exists())
+            files.journal.forget()
             self._point(files)
             return count
         return 0
@@ -672,7 +574,7 @@ class FileStorage(FindsDocuments, Storage):
         damage: list[Damage] = []
         if run_id is not None:
             return verify_run(self, [check_id(run_id)])
-        run_ids = [record.run_id for record in self._records(damage.append)]
+        run_ids = [record.run_id for record in self._records(on_damage=damage.append)]
         return verify_run(self, run_ids, damage, self.list_all_runs())
 
     # --- run documents ------------------------------------------------------------------------------------------

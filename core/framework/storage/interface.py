@@ -21,12 +21,13 @@ Requirements every backend meets:
 from __future__ import annotations
 
 import logging
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
-from framework.errors import CorruptData
+from framework.errors import CorruptData, LeaseLost, RunError, RunNotFound, StorageError
 from framework.schemas.checkpoint import Checkpoint, CheckpointMetadata
 from framework.schemas.run import Run, RunState, RunStatus, RunSummary
 from framework.storage import checkpoints as stored
@@ -35,16 +36,20 @@ from framework.storage.chunks import Chunk
 from framework.storage.records import (
     CheckpointRow,
     Commit,
+    Content,
     Damage,
     JournalRow,
     LogRow,
     Message,
     NewRun,
+    Place,
     Retention,
     RunRecord,
+    Stray,
     VerifyReport,
     Write,
 )
+from framework.storage.retention_interface import KeepsRuns
 
 __all__ = ["MAX_KEY", "MAX_RUN_ID", "MAX_VALUE_BYTES", "IsAlive", "Storage", "check_id", "check_index_key"]
 
@@ -53,12 +58,25 @@ logger = logging.getLogger(__name__)
 IsAlive = Callable[[str], bool | None]
 """Says of a lease's owner: alive (True), certainly gone (False), or cannot tell from here (None)."""
 
+Rewrite = Callable[[Place, bytes], bytes]
+"""Gives the bytes to store for the copy of a content, from its place in the run it is copied from and its bytes."""
 
-class Storage(ABC):
+
+class WouldWait(Exception):
+    """Raised by a commit of a store that is held by ``try_hold``, when it would have to wait; it left no trace."""
+
+
+class Storage(KeepsRuns, ABC):
     """A store of runs, their checkpoints and their state. Thread-safe; also a context manager that closes itself."""
 
     closed: bool = False
     """Whether ``close`` was called. Set by the backend."""
+
+    compression: Literal["zstd"] | None = None
+    """How large chunks are compressed before the store is given them (see ``compression``); ``None``: not at all.
+
+    A store that was written with it is read by any, whatever this says. A store that wraps another shows that one's.
+    """
 
     # --- runs and their ownership -------------------------------------------------------------------------------
 
@@ -82,7 +100,8 @@ class Storage(ABC):
         """Take over a run's lease and set its state to running; durable on return.
 
         Succeeds when nobody holds the lease, it has expired, or ``is_alive(holder)`` is ``False``. The token grows by
-        one; ``recovery_attempts`` by one when the run was crashed, and returns to 0 otherwise. A completed run is
+        one; ``recovery_attempts`` are as ``records.attempts_after_claim`` says: one more when the owner had vanished,
+        the same when it had given the lease up, 0 when the run was not crashed. A completed run is
         returned as it is, unclaimed. The returned ``state`` and ``error`` are those found: ``crashed``, ``failed``,
         ``paused`` ... The error stays recorded until a commit with a state replaces it, so a claim whose owner ends
         before its first commit loses nothing. With ``sequence``, the last commit that the caller knows of, a run that
@@ -93,6 +112,22 @@ class Storage(ABC):
     @abstractmethod
     def renew_lease(self, run_id: str, token: int, lease_seconds: float) -> None:
         """Extend the lease from now. Raises ``LeaseLost`` when ``token`` is not the run's, ``RunNotFound``."""
+
+    def renew_leases(self, leases: Sequence[tuple[str, int]], lease_seconds: float) -> list[RunError | None]:
+        """Extend leases, each a run's id and token, as ``renew_lease`` does; for each ``None`` or what it raises.
+
+        A backend that can does it in one transaction: a process may hold a thousand. Raises ``StorageError`` when the
+        store as a whole fails; then some may have been renewed.
+        """
+        outcomes: list[RunError | None] = []
+        for run_id, token in leases:
+            try:
+                self.renew_lease(run_id, token, lease_seconds)
+            except (LeaseLost, RunNotFound) as error:
+                outcomes.append(error)
+            else:
+                outcomes.append(None)
+        return outcomes
 
     @abstractmethod
     def release_lease(self, run_id: str, token: int) -> None:
@@ -122,10 +157,11 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def delete_run(self, run_id: str) -> bool:
+    def delete_run(self, run_id: str, *, force: bool = False) -> bool:
         """Remove everything of the run: record, commits, chunks, journal, messages, ``Run`` document; whether any was.
 
-        Raises ``RunBusy`` while somebody holds its lease.
+        Raises ``RunBusy`` while somebody holds its lease, ``RunPinned`` when it or a checkpoint of it is pinned; with
+        ``force`` the pins go, too.
         """
 
     # --- messages -----------------------------------------------------------------------------------------------
@@ -149,10 +185,20 @@ class Storage(ABC):
         Cheap enough to ask every second for all runs of a process: as messages stay, a new one makes the number grow.
         """
 
+    @abstractmethod
+    def list_messaged(self, limit: int = 100, after: str = "") -> list[RunRecord]:
+        """At most ``limit`` paused runs that have a message, damaged ones too, by id; those with ids above ``after``.
+
+        Fewer than ``limit`` means that there are no more; else go on after the last one's id. What it costs follows
+        the runs that have messages, not all that are paused. Raises ``InvalidId``.
+        """
+
     # --- forks --------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def fork_run(self, run_id: str, sequence: int, header: bytes, first: Commit) -> RunRecord:
+    def fork_run(
+        self, run_id: str, sequence: int, header: bytes, first: Commit, rewrite: Rewrite | None = None
+    ) -> RunRecord:
         """Make the run ``first.run_id`` from the checkpoint at ``sequence`` of the run ``run_id``, all or nothing.
 
         The new run has the kind, goal and definition of the other; ``header`` as its own; the other's log and this one
@@ -160,6 +206,8 @@ class Storage(ABC):
         ``sequence`` plus one, no token and a state. Nobody holds it. The chunks are its own: nothing that happens to
         the other run later changes it, and the other is not touched. Messages, journal and ``Run`` document stay
         behind.
+        Each content that is copied (records, logs, the checkpoint, chunks) passes through ``rewrite`` when given; what
+        that raises is raised, and there is no new run.
         Whoever holds the other run may go on committing. Everything taken over is checked: raises ``CorruptData``
         rather than copy what is damaged, ``CheckpointNotFound``, ``RunNotFound``, ``RunExists``, ``InvalidId``, and
         what ``commit`` gives as the error for ``first``.
@@ -176,12 +224,29 @@ class Storage(ABC):
         store as a whole fails (closed, disk full): then nothing of all of them was written.
         """
 
+    def try_hold(self) -> bool:
+        """Take the store for this thread, for commits that wait for nobody; whether that was possible without waiting.
+
+        Until ``let_go`` a commit that would have to wait for a lock raises ``WouldWait`` instead, and the disk is all
+        that it waits for: so an event loop may make it itself. A backend that cannot promise this answers ``False``,
+        as this method does, and all its commits are made in a thread.
+        """
+        return False
+
+    def let_go(self) -> None:
+        """The end of what ``try_hold`` began, in the same thread."""
+        raise NotImplementedError(f"{type(self).__name__} has try_hold() and lacks let_go().")
+
     @abstractmethod
     def read_journal(
         self, run_id: str, step: str | None = None, on_damage: Callable[[Damage], None] | None = None
     ) -> list[JournalRow]:
-        """A run's journal rows, of one ``step`` or all, by step and number; damaged ones go to ``on_damage`` and are
-        left out. Rows stay until a commit names their step in ``journal_done``, or the run's checkpoints go."""
+        """A run's journal rows, of one ``step`` or all, by step and number; damaged ones are left out.
+
+        Each damaged row goes to ``on_damage`` with the key that it says it has. With a ``step``, a row whose own step
+        was damaged may not be found to be this one's; without, every damaged row of the run is told. Rows stay until a
+        commit names their step in ``journal_done``, or the run's checkpoints go.
+        """
 
     @abstractmethod
     def definition(self, fingerprint: str) -> bytes | None:
@@ -206,23 +271,29 @@ class Storage(ABC):
         """The chunks that make the state at ``sequence``: of each key the last ``set`` at or before it and the appends
         that follow, in order; nothing of a deleted key. ``sequence`` 0 is the initial state. Raises ``CorruptData``."""
 
+    def read_placed_chunks(self, run_id: str, sequence: int) -> list[tuple[int, Chunk]]:
+        """What ``read_chunks`` gives, each with the sequence of its own commit. Raises ``CorruptData``."""
+        raise StorageError(f"{type(self).__name__} does not tell where its chunks are, so it cannot be encrypted.")
+
     @abstractmethod
     def prune(self, run_id: str, retention: Retention) -> int:
-        """Apply ``retention`` now; how many checkpoints went. The newest is never removed."""
+        """Apply ``retention`` now; how many checkpoints went. The newest and pinned ones are never removed."""
 
     @abstractmethod
     def rewind(self, run_id: str, token: int, sequence: int) -> int:
         """Forget the checkpoints and chunks after ``sequence``, because they are damaged; how many checkpoints.
 
         The log stays, and the next commit still follows the last one. So does the journal: its rows belong to steps
-        that run again. Durable on return. Raises ``LeaseLost``, ``RunNotFound``.
+        that run again. Pins of what goes go, too. Durable on return. Raises ``LeaseLost``, ``RunNotFound``, and
+        ``RunPinned`` for a pinned checkpoint after ``sequence`` that can be read: what comes next would overwrite it.
         """
 
     @abstractmethod
-    def delete_checkpoints(self, run_id: str) -> int:
+    def delete_checkpoints(self, run_id: str, *, force: bool = False) -> int:
         """Remove the run's checkpoints, state log and journal; how many checkpoints. Its record and log stay.
 
-        Raises ``RunBusy`` while somebody holds the lease.
+        Raises ``RunBusy`` while somebody holds the lease, ``RunPinned`` when the run or a checkpoint of it is pinned;
+        with ``force`` pins of checkpoints go, too.
         """
 
     @abstractmethod
@@ -263,6 +334,53 @@ class Storage(ABC):
         """The summary of a ``Run`` document, or ``None``."""
         run = self.load_run(run_id)
         return RunSummary.from_run(run) if run is not None else None
+
+    def wait_for_work(self, timeout: float, stop: threading.Event | None = None) -> bool:
+        """Wait until a run may have something to do, at most ``timeout`` seconds; whether that may be so.
+
+        ``True`` when, since the last call, the store was told of a message, a time to wake at or a lease given up
+        while its run was unfinished; at once when that has happened already. ``False`` when the time passed or
+        ``stop`` was set. A lease that ends and a time that comes tell nobody, and a notice may be lost with a
+        connection: look at the runs after each call, whatever it returned. Here it only waits, as a store without
+        notices does.
+        """
+        (stop or threading.Event()).wait(max(timeout, 0))
+        return False
+
+    # --- what a store holds for nobody ---------------------------------------------------------------------------
+
+    def find_strays(self) -> list[Stray]:
+        """What no run needs: rows and files of runs that are not recorded, left-overs of crashes. Changes nothing.
+
+        Work in progress is never among it. Here there is nothing to find.
+        """
+        return []
+
+    def remove_stray(self, stray: Stray) -> bool:
+        """Remove what ``find_strays`` found, if it still is there and still needed by nobody; whether it was removed.
+
+        Durable on return.
+        """
+        return False
+
+    # --- contents as bytes, for a layer that translates them (encryption) ----------------------------------------
+
+    def read_contents(
+        self, run_id: str | None = None, on_damage: Callable[[Damage], None] | None = None
+    ) -> Iterator[Content]:
+        """Every content of a run with its place, its ``Run`` document included; of no run: the definitions.
+
+        Contents that come or go meanwhile may be left out. Damaged ones go to ``on_damage`` and are left out.
+        """
+        raise StorageError(f"{type(self).__name__} does not list its contents, so they cannot be encrypted anew.")
+
+    def replace_contents(self, changes: Sequence[tuple[Content, bytes]]) -> int:
+        """Put other bytes in the place of contents, each if it still is as it was read; how many were replaced.
+
+        All or nothing where the backend can, and durable on return. Nothing else of a run changes: not its owner, its
+        token, nor a time. So whoever holds the run may go on meanwhile. For translations that keep the meaning only.
+        """
+        raise StorageError(f"{type(self).__name__} does not replace contents, so they cannot be encrypted anew.")
 
     # --- the store itself ---------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from framework.storage.sqlite import SQLiteStorage
@@ -34,3 +35,9 @@ class MemoryStorage(SQLiteStorage):
         # Before a fork the connection stays: it has no file, so the child's copy is its own.
         if self.closed:
             super()._disconnect()
+
+    def _beside(self, doing: str) -> AbstractContextManager[sqlite3.Connection]:
+        return self._guard(doing)  # there is only the one connection
+
+    def _fold(self, db: sqlite3.Connection) -> None:
+        """There is no log."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from framework.schemas.run import RunState
 from framework.storage.chunks import Chunk
@@ -37,7 +37,8 @@ class RunRecord:
 
     ``state`` is ``crashed`` when the stored state is running and nobody alive holds the lease. ``error`` is that of
     the last commit with a state; a running run shows none. ``sequence`` is that of the last commit, 0 before the first.
-    ``wake_at`` is when a paused run is due, ``None`` when no time was set.
+    ``wake_at`` is when a paused run is due, ``None`` when no time was set. ``recovery_attempts`` is how often in a row
+    it was claimed from an owner that vanished, without any progress in between.
     """
 
     run_id: str
@@ -58,6 +59,16 @@ class RunRecord:
     wake_at: float | None = None
 
 
+def attempts_after_claim(found: RunRecord) -> int:
+    """``recovery_attempts`` of a run that is being claimed, ``found`` as it was: the one rule of every backend.
+
+    An owner that vanished is a crash. One that gave its lease up, as at a deploy, is none, and takes none back.
+    """
+    if found.state is not RunState.CRASHED:
+        return 0
+    return found.recovery_attempts + (0 if found.owner is None else 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Retention:
     """Which checkpoints of the run stay: the newest ``keep``; ``None`` keeps all."""
@@ -76,7 +87,8 @@ class Commit:
 
     ``journal_done`` names the steps whose journal rows go with this commit, in its transaction. ``wake_at``, only with
     a ``state`` of paused, is when the run is due, in seconds since the epoch by the store's clock; any claim and any
-    later ``state`` clears it.
+    later ``state`` clears it. ``progress`` says that the run got somewhere, and did not only come back: its
+    ``recovery_attempts`` become 0.
     """
 
     run_id: str
@@ -94,6 +106,7 @@ class Commit:
     replaces: int | None = None
     journal_done: Sequence[str] = ()
     wake_at: float | None = None
+    progress: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +138,8 @@ Write: TypeAlias = Commit | JournalWrite
 """What ``Storage.commit`` makes durable."""
 
 
-@dataclass(frozen=True, slots=True)
-class LogRow:
-    """One commit as kept for the run's life."""
+class LogRow(NamedTuple):
+    """One commit as kept for the run's life. A tuple, since a resume makes one of every step there was."""
 
     sequence: int
     record: bytes
@@ -156,14 +168,63 @@ class Message:
     sent_at: float
 
 
+ContentKind = Literal[
+    "definition", "header", "error", "record", "log", "checkpoint", "chunk", "journal", "message", "document"
+]
+
+
+class Place(NamedTuple):
+    """Where in a store a content is. No two contents of a store have one place.
+
+    ``sequence`` is that of the commit (``record``, ``log``, ``checkpoint``, ``chunk``), or the number of the call
+    (``journal``), else 0. ``key`` is the key of the state (``chunk``), the checkpoint's id, the step (``journal``), the
+    message's name or the definition's fingerprint. ``op`` is the chunk's operation.
+    """
+
+    kind: ContentKind
+    run_id: str
+    sequence: int = 0
+    key: str = ""
+    op: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """The bytes at one place of a store, as they are stored."""
+
+    place: Place
+    data: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Something in the store that cannot be read or does not fit. ``where`` names the row or file."""
+    """Something in the store that cannot be read or does not fit. ``where`` names the row or file.
+
+    Of a journal row, ``step`` and ``number`` are its key as the damaged row says it, so perhaps another's, or ``None``
+    where that cannot be read.
+    """
 
     run_id: str
     sequence: int | None
     where: str
     problem: str
+    step: str | None = None
+    number: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """Something in a store that no run and nothing else needs, such as what a crash left behind.
+
+    ``name`` is the backend's own name for it. ``safe`` says whether removing it can lose nothing; ``reason`` why not.
+    ``harmless`` says that it is an ordinary left-over, which tells of no damage.
+    """
+
+    name: str
+    problem: str
+    safe: bool = True
+    reason: str = ""
+    harmless: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from framework import _faults
 from framework.errors import (
-    CommitConflict,
     CorruptData,
     LeaseLost,
     MessageRefused,
@@ -30,10 +29,17 @@ from framework.errors import (
     RunExists,
     RunNotFound,
     StorageError,
-    SurefootError,
 )
 from framework.schemas.run import Run, RunState
-from framework.storage import forks, sqlite_documents, sqlite_forks, sqlite_journal, sqlite_messages, sqlite_retention
+from framework.storage import (
+    forks,
+    sqlite_commits,
+    sqlite_documents,
+    sqlite_forks,
+    sqlite_journal,
+    sqlite_messages,
+    sqlite_retention,
+)
 from framework.storage import sqlite_schema as schema
 from framework.storage.checks import (
     MAX_KEY,
@@ -43,55 +49,57 @@ from framework.storage.checks import (
     check_prefix,
     check_step,
     check_value,
-    journal_refusal,
     moved_on,
-    printable,
-    refusal,
 )
-from framework.storage.chunks import Chunk, checksum
+from framework.storage.compression import Compression, check_compression
 from framework.storage.documents import FindsDocuments, Index
 from framework.storage.driver_errors import translate
-from framework.storage.interface import IsAlive, Storage
+from framework.storage.interface import IsAlive, Rewrite, Storage, WouldWait
 from framework.storage.records import (
-    CheckpointRow,
     Commit,
     Damage,
     JournalRow,
-    JournalWrite,
-    LogRow,
     Message,
     NewRun,
     Retention,
     RunRecord,
     VerifyReport,
     Write,
+    attempts_after_claim,
 )
-from framework.storage.sqlite_schema import OPS, SETS_MARK, facts_crc, row_crc
-from framework.storage.verify import newest_readable, verify_run
+from framework.storage.sqlite_contents import HasContents
+from framework.storage.sqlite_pins import refuse_if_pinned
+from framework.storage.sqlite_reading import ReadsCommits
+from framework.storage.sqlite_schema import RUN_COLUMNS, facts_crc, row_crc
+from framework.storage.sqlite_strays import FindsStrays
+from framework.storage.sqlite_sweep import SweepsSQLite, forget_definition
+from framework.storage.verify import newest_readable, refuse_pinned, verify_run
 
 logger = logging.getLogger(__name__)
 
-_RUN_COLUMNS = (
-    "pk, run_id, executor_type, goal_id, fingerprint, CAST(header AS BLOB) AS header, state, created_at, updated_at, "
-    "error, owner, token, lease_until, recovery_attempts, parent_run_id, wake_at, header_crc"
-)
 _STATES = frozenset(state.value for state in RunState)
-_OP_NUMBERS = frozenset(range(len(OPS)))
 
 
-class SQLiteStorage(FindsDocuments, Storage):
+class SQLiteStorage(FindsDocuments, ReadsCommits, SweepsSQLite, FindsStrays, HasContents, Storage):
     """A store in one SQLite file, for any number of processes on one machine.
 
     ``path`` is created when missing, ``:memory:`` is refused (use ``MemoryStorage``). ``clock`` gives seconds since
     the epoch; leases of all processes on the file must see the same clock, which on one machine they do.
-    ``busy_seconds`` is how long to wait for another process's transaction.
+    ``busy_seconds`` is how long to wait for another process's transaction. With ``compression`` large values are
+    stored compressed from now on; what is stored already stays as it is, and is read either way.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, clock: Callable[[], float] = time.time, busy_seconds: float = 30
+        self,
+        path: str | os.PathLike[str],
+        *,
+        clock: Callable[[], float] = time.time,
+        busy_seconds: float = 30,
+        compression: Compression | None = None,
     ) -> None:
         if str(path) == ":memory:":
             raise StorageError("SQLiteStorage keeps a file; for a store in memory use MemoryStorage or memory://.")
+        self.compression = check_compression(compression)
         self._open(Path(path), clock, busy_seconds)
 
     def _open(self, path: Path, clock: Callable[[], float], busy_seconds: float) -> None:
@@ -99,6 +107,9 @@ class SQLiteStorage(FindsDocuments, Storage):
         self._clock = clock
         self._busy_seconds = busy_seconds
         self._lock = threading.RLock()
+        self._writer = sqlite_commits.CommitWriter(path, clock)
+        self._waits = True
+        self._patient = True
         self._connection: sqlite3.Connection | None = None
         self._file: tuple[int, int] | None = None
         self.closed = False
@@ -112,12 +123,14 @@ class SQLiteStorage(FindsDocuments, Storage):
 
     @property
     def url(self) -> str:
-        return f"sqlite:///{quote(str(self.path))}"
+        options = f"?compression={self.compression}" if self.compression is not None else ""
+        return f"sqlite:///{quote(str(self.path))}{options}"
 
     def close(self) -> None:
         with self._lock:
             self.closed = True
             self._disconnect()
+        self._close_aside()
 
     def before_fork(self) -> None:
         self._lock.acquire()
@@ -142,6 +155,7 @@ class SQLiteStorage(FindsDocuments, Storage):
         if self._connection is not None:
             self._let_go()
             self._connection = None
+            self._patient = True
 
     def _connect(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +176,8 @@ class SQLiteStorage(FindsDocuments, Storage):
         """The connection, held by this thread, with the driver's errors translated."""
         with self._lock:
             try:
+                if self._waits and not self._patient:
+                    self._be_patient()
                 yield self._db
             except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
                 # UnicodeDecodeError: SQLite's message quotes a damaged schema.
@@ -171,13 +187,7 @@ class SQLiteStorage(FindsDocuments, Storage):
     def _write(self, doing: str) -> Iterator[sqlite3.Connection]:
         """One durable transaction: committed when the block ends, undone when it raises."""
         with self._guard(doing) as db:
-            if self._file_now() != self._file:
-                # SQLite would go on writing into a file that nobody can open any more.
-                raise StorageError(
-                    f"The store {self.path} was deleted or replaced while open; nothing was written to {doing}. "
-                    "Open it again, and restore it from a backup if it is missing."
-                )
-            db.execute("BEGIN IMMEDIATE")
+            self._begin(db, doing)
             try:
                 yield db
                 db.execute("COMMIT")
@@ -185,6 +195,32 @@ class SQLiteStorage(FindsDocuments, Storage):
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise
+
+    def _be_patient(self) -> None:
+        """Wait for other processes again, which the last commits of ``try_hold`` did not."""
+        self._patient = True
+        self._db.execute(f"PRAGMA busy_timeout = {int(self._busy_seconds * 1000)}")
+
+    def _begin_at_once(self, db: sqlite3.Connection) -> None:
+        """As ``_begin``, but raises ``WouldWait`` when another process, or connection, is writing."""
+        if self._patient:
+            self._patient = False
+            db.execute("PRAGMA busy_timeout = 0")
+        try:
+            self._begin(db, "commit")
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error) or "busy" in str(error):
+                raise WouldWait from error
+            raise
+
+    def _begin(self, db: sqlite3.Connection, doing: str) -> None:
+        if self._file_now() != self._file:
+            # SQLite would go on writing into a file that nobody can open any more.
+            raise StorageError(
+                f"The store {self.path} was deleted or replaced while open; nothing was written to {doing}. "
+                "Open it again, and restore it from a backup if it is missing."
+            )
+        db.execute("BEGIN IMMEDIATE")
 
     # --- runs ---------------------------------------------------------------------------------------------------
 
@@ -196,7 +232,8 @@ class SQLiteStorage(FindsDocuments, Storage):
                 "INSERT OR IGNORE INTO definitions (fingerprint, body, crc) VALUES (?, ?, ?)",
                 (new.fingerprint, new.definition, row_crc(new.fingerprint, new.definition)),
             )
-            self._insert_chunks(db, self._insert_run(db, new, now, owner, lease_seconds), 0, new.chunks)
+            pk = self._insert_run(db, new, now, owner, lease_seconds)
+            sqlite_commits.insert_chunks(db, pk, 0, new.chunks)
             return self._record(self._row(db, new.run_id))
 
     def _insert_run(
@@ -244,25 +281,32 @@ class SQLiteStorage(FindsDocuments, Storage):
                 found = self._record(row, gone=True)
             if sequence is not None and found.sequence != sequence:
                 raise moved_on(found, sequence)
-            attempts = found.recovery_attempts + 1 if found.state is RunState.CRASHED else 0
             db.execute(
                 "UPDATE runs SET owner = ?, token = token + 1, lease_until = ?, state = 'running', wake_at = NULL, "
                 "recovery_attempts = ?, updated_at = ? WHERE pk = ?",
-                (owner, now + lease_seconds, attempts, now, row["pk"]),
+                (owner, now + lease_seconds, attempts_after_claim(found), now, row["pk"]),
             )
             claimed = self._record(self._row(db, run_id))
             # The caller wants to know what it took over, with the lease it now holds.
             return replace(claimed, state=found.state, error=found.error)
 
     def renew_lease(self, run_id: str, token: int, lease_seconds: float) -> None:
-        with self._write(f"renew the lease of run {run_id!r}") as db:
-            cursor = db.execute(
-                "UPDATE runs SET lease_until = ? WHERE run_id = ? AND token = ? AND owner IS NOT NULL",
-                (self._clock() + lease_seconds, check_id(run_id), token),
-            )
-            if cursor.rowcount == 0:
-                self._row(db, run_id)
-                raise LeaseLost(run_id, token)
+        refused = self.renew_leases([(check_id(run_id), token)], lease_seconds)[0]
+        if refused is not None:
+            raise refused
+
+    def renew_leases(self, leases: Sequence[tuple[str, int]], lease_seconds: float) -> list[RunError | None]:
+        renew = "UPDATE runs SET lease_until = ? WHERE run_id = ? AND token = ? AND owner IS NOT NULL"
+        outcomes: list[RunError | None] = []
+        with self._write("renew leases") as db:
+            until = self._clock() + lease_seconds
+            for run_id, token in leases:
+                renewed = db.execute(renew, (until, run_id, token)).rowcount
+                if renewed:
+                    outcomes.append(None)
+                else:
+                    outcomes.append(LeaseLost(run_id, token) if self._find_row(db, run_id) else RunNotFound(run_id))
+        return outcomes
 
     def release_lease(self, run_id: str, token: int) -> None:
         with self._write(f"release the lease of run {run_id!r}") as db:
@@ -295,7 +339,7 @@ class SQLiteStorage(FindsDocuments, Storage):
         condition = " AND ".join(where) or "1"
         with self._guard("list runs") as db:
             rows = db.execute(
-                f"SELECT {_RUN_COLUMNS} FROM runs WHERE {condition} ORDER BY created_at DESC, run_id DESC LIMIT ?",
+                f"SELECT {RUN_COLUMNS} FROM runs WHERE {condition} ORDER BY created_at DESC, run_id DESC LIMIT ?",
                 (*values, limit),
             )
             return self._readable(rows)
@@ -305,7 +349,7 @@ class SQLiteStorage(FindsDocuments, Storage):
         bounds = (check_prefix(prefix).encode(), limit)
         with self._guard("find runs") as db:
             rows = db.execute(
-                f"SELECT {_RUN_COLUMNS} FROM runs WHERE run_id >= CAST(?1 AS TEXT) AND "
+                f"SELECT {RUN_COLUMNS} FROM runs WHERE run_id >= CAST(?1 AS TEXT) AND "
                 "run_id < CAST(?1 || x'F8' AS TEXT) ORDER BY run_id LIMIT ?2",
                 bounds,
             )
@@ -315,41 +359,51 @@ class SQLiteStorage(FindsDocuments, Storage):
         with self._guard("list the runs that are due") as db:
             # The plus keeps SQLite from reading all paused runs: few of them have a time.
             rows = db.execute(
-                f"SELECT {_RUN_COLUMNS} FROM runs WHERE wake_at <= ? AND +state = 'paused' "
+                f"SELECT {RUN_COLUMNS} FROM runs WHERE wake_at <= ? AND +state = 'paused' "
                 "ORDER BY wake_at, run_id LIMIT ?",
                 (self._clock() if now is None else now, limit),
             )
             return self._readable(rows)
 
+    def list_messaged(self, limit: int = 100, after: str = "") -> list[RunRecord]:
+        with self._guard("list the runs with messages") as db:
+            rows = db.execute(
+                f"SELECT {RUN_COLUMNS} FROM runs INDEXED BY runs_by_message "
+                "WHERE messaged = 1 AND state = 'paused' AND run_id > ? ORDER BY run_id",
+                (check_prefix(after),),
+            )
+            # Read one by one, for damaged ones to be passed over: a short list says that there are no more.
+            with closing(rows):
+                return list(islice(self._each_readable(rows), limit))
+
     def _readable(self, rows: Iterable[sqlite3.Row]) -> list[RunRecord]:
-        found = []
-        for row in list(rows):
+        return list(self._each_readable(list(rows)))
+
+    def _each_readable(self, rows: Iterable[sqlite3.Row]) -> Iterator[RunRecord]:
+        for row in rows:
             try:
-                found.append(self._record(row))
+                yield self._record(row)
             except CorruptData as error:
                 logger.warning("Listing runs: %s", error)
-        return found
 
-    def delete_run(self, run_id: str) -> bool:
+    def delete_run(self, run_id: str, *, force: bool = False) -> bool:
         check_id(run_id)
         with self._write(f"delete run {run_id!r}") as db:
+            self._writer.forget()
             row = self._find_row(db, run_id)
             had_document = sqlite_documents.delete(db, run_id)
             if row is None:
                 return had_document
             self._refuse_if_held(row)
-            for table in ("steps", "checkpoints", "chunks", "journal", "messages", "runs"):
+            refuse_if_pinned(db, row["pk"], run_id, force=force)
+            for table in ("steps", "checkpoints", "chunks", "journal", "messages", "pins", "runs"):
                 column = "pk" if table == "runs" else "run_pk"
                 db.execute(f"DELETE FROM {table} WHERE {column} = ?", (row["pk"],))
-            db.execute(
-                "DELETE FROM definitions WHERE fingerprint = ? AND NOT EXISTS "
-                "(SELECT 1 FROM runs WHERE runs.fingerprint = definitions.fingerprint)",
-                (row["fingerprint"],),
-            )
+            forget_definition(db, row["fingerprint"])
             return True
 
     def _find_row(self, db: sqlite3.Connection, run_id: str) -> sqlite3.Row | None:
-        row: sqlite3.Row | None = db.execute(f"SELECT {_RUN_COLUMNS} FROM runs WHERE run_id = ?", (run_id,)).fetchone()
+        row: sqlite3.Row | None = db.execute(f"SELECT {RUN_COLUMNS} FROM runs WHERE run_id = ?", (run_id,)).fetchone()
         return row
 
     def _row(self, db: sqlite3.Connection, run_id: str) -> sqlite3.Row:
@@ -366,7 +420,6 @@ class SQLiteStorage(FindsDocuments, Storage):
         held = row["owner"] is not None and row["lease_until"] > self._clock() and not gone
         if state is RunState.RUNNING and not held:
             state = RunState.CRASHED
-        last = self._db.execute("SELECT max(sequence) FROM steps WHERE run_pk = ?", (row["pk"],)).fetchone()[0]
         return RunRecord(
             run_id=row["run_id"],
             executor_type=row["executor_type"],
@@ -374,7 +427,7 @@ class SQLiteStorage(FindsDocuments, Storage):
             fingerprint=row["fingerprint"],
             header=row["header"],
             state=state,
-            sequence=last or 0,
+            sequence=row["last"] or 0,
             created_at=row["created_at"],
             updated_at=row["updated_at"],
             # What a run ended with before it was claimed is not what it comes to now, unless its owner left it.
@@ -422,7 +475,9 @@ class SQLiteStorage(FindsDocuments, Storage):
 
     # --- forks --------------------------------------------------------------------------------------------------
 
-    def fork_run(self, run_id: str, sequence: int, header: bytes, first: Commit) -> RunRecord:
+    def fork_run(
+        self, run_id: str, sequence: int, header: bytes, first: Commit, rewrite: Rewrite | None = None
+    ) -> RunRecord:
         check_fork(run_id, sequence, first)
         now = self._clock()
         with self._write(f"fork run {run_id!r}") as db:
@@ -430,8 +485,8 @@ class SQLiteStorage(FindsDocuments, Storage):
             found = self._record(source)  # raises when it is damaged
             new = NewRun(first.run_id, found.executor_type, found.goal_id, found.fingerprint, b"", header)
             pk = self._insert_run(db, new, now)
-            sqlite_forks.copy(db, run_id, source["pk"], pk, sequence)
-            refused = self._commit_one(db, first)
+            sqlite_forks.copy(db, run_id, source["pk"], pk, sequence, rewrite)
+            refused = self._writer.write(db, first)
             if refused is not None:
                 raise refused
             return self._record(self._row(db, first.run_id))
@@ -439,221 +494,80 @@ class SQLiteStorage(FindsDocuments, Storage):
     # --- commits ------------------------------------------------------------------------------------------------
 
     def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
-        outcomes: list[Exception | None] = []
-        with self._write("commit") as db:
-            alone = len(commits) == 1
-            for write in commits:
-                if alone:
-                    outcomes.append(self._write_one(db, write))
-                    continue
-                # What is a single statement needs no savepoint: it leaves nothing behind when it fails.
-                undo = isinstance(write, Commit) or len(write.rows) > 1
-                if undo:
-                    db.execute("SAVEPOINT one")
-                try:
-                    outcome = self._write_one(db, write)
-                except (sqlite3.Error, OSError) as error:
-                    if not db.in_transaction:
-                        raise  # the whole transaction is gone, as when the disk is full
-                    outcome = translate(error, self.path, f"commit run {write.run_id!r}")
-                if undo:
-                    if outcome is not None:
-                        db.execute("ROLLBACK TO one")
-                    db.execute("RELEASE one")
-                outcomes.append(outcome)
+        with self._guard("commit") as db:
+            outcomes = self._write_group(db, commits, apart=False)
+            if outcomes is None:
+                # In the good case savepoints cost time and serve nothing, so they are made only now.
+                outcomes = self._write_group(db, commits, apart=True)
+        return outcomes or []
+
+    def try_hold(self) -> bool:
+        # What a subclass does in its commit is not known here: it may wait.
+        if type(self).commit is not SQLiteStorage.commit or self.closed or not self._lock.acquire(blocking=False):
+            return False
+        self._waits = False
+        return True
+
+    def let_go(self) -> None:
+        self._waits = True
+        self._lock.release()
+
+    def _write_group(
+        self, db: sqlite3.Connection, writes: Sequence[Write], *, apart: bool
+    ) -> list[Exception | None] | None:
+        """One durable transaction; ``None`` when the driver refused to write one of several, which undid them all."""
+        writer = self._writer
+        if self._waits:
+            self._begin(db, "commit")
+        else:
+            self._begin_at_once(db)
+        written = False
+        try:
+            outcomes = writer.write_all(db, writes, apart=apart)
+            written = True
+            db.execute("COMMIT")
+        except BaseException as error:
+            writer.undone()
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error) and len(writes) > 1 and not apart and not written:
+                return None
+            raise
+        writer.done()
         return outcomes
 
-    def _write_one(self, db: sqlite3.Connection, write: Write) -> SurefootError | None:
-        """Write one commit, or one call's journal rows, or say why not."""
-        return self._commit_one(db, write) if isinstance(write, Commit) else self._journal_one(db, write)
-
-    def _journal_one(self, db: sqlite3.Connection, write: JournalWrite) -> SurefootError | None:
-        refused = journal_refusal(write)
-        if refused is not None:
-            return refused
-        alone = write.token and len(write.rows) == 1
-        if alone and sqlite_journal.put_fenced(db, write.run_id, write.token, write.rows[0]):
-            _faults.reach("commit.inside")
-            return None
-        row = db.execute(
-            "SELECT pk, run_id, token, owner, lease_until FROM runs WHERE run_id = ?", (write.run_id,)
-        ).fetchone()
-        if row is None:
-            return RunNotFound(write.run_id)
-        fenced = self._fenced(row, write.token)
-        if fenced is None:
-            sqlite_journal.put(db, row["pk"], write.rows)
-            _faults.reach("commit.inside")
-        return fenced
-
-    def _fenced(self, row: sqlite3.Row, token: int) -> RunError | None:
-        """Why the holder of ``token`` may not write to the run, or ``None``."""
-        if token:
-            stale = row["token"] != token or row["owner"] is None
-            return LeaseLost(row["run_id"], token) if stale else None
-        try:
-            self._refuse_if_held(row)
-        except RunBusy as error:
-            return error
-        return None
-
-    def _commit_one(self, db: sqlite3.Connection, commit: Commit) -> SurefootError | None:
-        """Write one commit, or say why not; nothing is written before all checks have passed."""
-        refused = refusal(commit)
-        if refused is not None:
-            return refused
-        row = db.execute(
-            "SELECT pk, run_id, token, owner, lease_until, (SELECT max(sequence) FROM steps WHERE run_pk = pk) AS last "
-            "FROM runs WHERE run_id = ?",
-            (commit.run_id,),
-        ).fetchone()
-        if row is None:
-            return RunNotFound(commit.run_id)
-        fenced = self._fenced(row, commit.token)
-        if fenced is not None:
-            return fenced
-        last = row["last"] or 0
-        if commit.sequence != last + 1:
-            return CommitConflict(
-                f"Commit {commit.sequence} of run {commit.run_id!r} refused: the last commit is {last}."
-            )
-        pk = row["pk"]
-        sets = SETS_MARK.join(chunk.key for chunk in commit.chunks if chunk.op != "append") or None
-        db.execute(
-            "INSERT INTO steps (run_pk, sequence, record, log, crc, sets) VALUES (?, ?, ?, ?, ?, ?)",
-            (
-                pk,
-                commit.sequence,
-                commit.record,
-                commit.log,
-                row_crc(commit.sequence, commit.record, commit.log),
-                sets,
-            ),
-        )
-        if commit.checkpoint_id is not None and commit.checkpoint is not None:
-            crc = row_crc(commit.sequence, commit.checkpoint_id, commit.checkpoint)
-            db.execute(
-                "INSERT INTO checkpoints (run_pk, sequence, checkpoint_id, body, crc) VALUES (?, ?, ?, ?, ?)",
-                (pk, commit.sequence, commit.checkpoint_id, commit.checkpoint, crc),
-            )
-        self._insert_chunks(db, pk, commit.sequence, commit.chunks)
-        if commit.journal_done:
-            sqlite_journal.forget(db, pk, commit.journal_done)
-        _faults.reach("commit.inside")
-        if commit.replaces is not None:
-            sqlite_retention.replace(db, pk, commit.replaces)
-        if commit.state is not None:
-            db.execute(
-                "UPDATE runs SET state = ?, error = ?, updated_at = ?, wake_at = ? WHERE pk = ?",
-                (commit.state.value, printable(commit.error), self._clock(), commit.wake_at, pk),
-            )
-        if commit.release:
-            db.execute("UPDATE runs SET owner = NULL, lease_until = 0 WHERE pk = ?", (pk,))
-        if commit.retention is not None and commit.checkpoint_id is not None:
-            sqlite_retention.prune(db, pk, commit.retention)
-        return None
-
-    def _insert_chunks(self, db: sqlite3.Connection, pk: int, sequence: int, chunks: Sequence[Chunk]) -> None:
-        if chunks:
-            db.executemany(
-                "INSERT INTO chunks (run_pk, sequence, key, op, data, checksum) VALUES (?, ?, ?, ?, ?, ?)",
-                [(pk, sequence, c.key, OPS.index(c.op), c.data, checksum(c)) for c in chunks],
-            )
-
-    # --- reading commits ----------------------------------------------------------------------------------------
-
-    def definition(self, fingerprint: str) -> bytes | None:
-        with self._guard("read a definition") as db:
-            row = db.execute(
-                "SELECT CAST(body AS BLOB) AS body, crc FROM definitions WHERE fingerprint = ?", (fingerprint,)
-            ).fetchone()
-        if row is None:
-            return None
-        if row_crc(fingerprint, row["body"]) != row["crc"]:
-            raise CorruptData(f"The definition {fingerprint} in {self.path} does not match its checksum.")
-        body: bytes = row["body"]
-        return body
-
-    def read_log(self, run_id: str, after: int = 0, on_damage: Callable[[Damage], None] | None = None) -> list[LogRow]:
-        with self._guard(f"read the log of run {run_id!r}") as db:
-            rows = db.execute(
-                "SELECT sequence, CAST(record AS BLOB), CAST(log AS BLOB), crc FROM steps WHERE run_pk = "
-                "(SELECT pk FROM runs WHERE run_id = ?) AND sequence > ? ORDER BY sequence",
-                (check_id(run_id), after),
-            ).fetchall()
-        good = []
-        for sequence, record, log, crc in rows:
-            if row_crc(sequence, record, log) == crc:
-                good.append(LogRow(sequence, record, log))
-            elif on_damage is not None:
-                on_damage(Damage(run_id, sequence, f"log row {sequence}", "it does not match its checksum"))
-        return good
-
-    def read_checkpoint_rows(
-        self, run_id: str, on_damage: Callable[[Damage], None] | None = None, limit: int | None = None
-    ) -> Iterator[CheckpointRow]:
-        with self._guard(f"read the checkpoints of run {run_id!r}") as db:
-            rows = db.execute(
-                "SELECT sequence, checkpoint_id, CAST(body AS BLOB), crc FROM checkpoints WHERE run_pk = "
-                "(SELECT pk FROM runs WHERE run_id = ?) ORDER BY sequence DESC LIMIT ?",
-                (check_id(run_id), -1 if limit is None else limit),
-            ).fetchall()
-        for sequence, checkpoint_id, body, crc in rows:
-            if row_crc(sequence, checkpoint_id, body) == crc:
-                yield CheckpointRow(sequence, checkpoint_id, body)
-            elif on_damage is not None:
-                where = f"checkpoint {checkpoint_id}"
-                on_damage(Damage(run_id, sequence, where, "its body does not match its checksum"))
-
-    def find_checkpoint_row(self, run_id: str, checkpoint_id: str) -> CheckpointRow | None:
-        check_id(checkpoint_id, "checkpoint id", MAX_KEY)
-        with self._guard(f"read checkpoint {checkpoint_id!r} of run {run_id!r}") as db:
-            row = db.execute(
-                "SELECT sequence, checkpoint_id, CAST(body AS BLOB) AS body, crc FROM checkpoints WHERE run_pk = "
-                "(SELECT pk FROM runs WHERE run_id = ?) AND checkpoint_id = ? ORDER BY sequence DESC LIMIT 1",
-                (check_id(run_id), checkpoint_id),
-            ).fetchone()
-        if row is None:
-            return None
-        if row_crc(row["sequence"], checkpoint_id, row["body"]) != row["crc"]:
-            raise CorruptData(f"Checkpoint {checkpoint_id!r} of run {run_id!r} does not match its checksum.")
-        return CheckpointRow(row["sequence"], row["checkpoint_id"], row["body"])
-
-    def read_chunks(self, run_id: str, sequence: int) -> list[Chunk]:
-        with self._guard(f"read the state of run {run_id!r}") as db:
-            rows = db.execute(schema.READ_CHUNKS, {"run_id": check_id(run_id), "sequence": sequence}).fetchall()
-        chunks = []
-        for key, op, data, stored in rows:
-            chunk = Chunk(key, OPS[op], data) if op in _OP_NUMBERS and data is not None else None
-            if chunk is None or checksum(chunk) != stored:
-                raise CorruptData(f"A chunk of key {key!r} of run {run_id!r} does not match its checksum.")
-            if chunk.op != "delete":
-                chunks.append(chunk)
-        return chunks
+    # --- checkpoints and the whole ------------------------------------------------------------------------------
 
     def prune(self, run_id: str, retention: Retention) -> int:
         if self.find_run(run_id) is None:
             return 0
         needed = newest_readable(self, run_id)
         with self._write(f"prune run {run_id!r}") as db:
+            self._writer.forget()
             row = self._find_row(db, run_id)
             return 0 if row is None else sqlite_retention.prune(db, row["pk"], retention, needed)
 
     def rewind(self, run_id: str, token: int, sequence: int) -> int:
+        refuse_pinned(self, run_id, sequence)
         with self._write(f"rewind run {run_id!r}") as db:
+            self._writer.forget()
             row = self._row(db, run_id)
             if row["token"] != token or row["owner"] is None:
                 raise LeaseLost(run_id, token)
             values = (row["pk"], sequence)
+            db.execute("DELETE FROM pins WHERE run_pk = ? AND sequence > ?", values)
             db.execute("DELETE FROM chunks WHERE run_pk = ? AND sequence > ?", values)
             return db.execute("DELETE FROM checkpoints WHERE run_pk = ? AND sequence > ?", values).rowcount
 
-    def delete_checkpoints(self, run_id: str) -> int:
+    def delete_checkpoints(self, run_id: str, *, force: bool = False) -> int:
         with self._write(f"delete the checkpoints of run {run_id!r}") as db:
+            self._writer.forget()
             row = self._find_row(db, check_id(run_id))
             if row is None:
                 return 0
             self._refuse_if_held(row)
+            refuse_if_pinned(db, row["pk"], run_id, force=force)
+            db.execute("DELETE FROM pins WHERE run_pk = ? AND sequence > 0", (row["pk"],))
             count = db.execute("DELETE FROM checkpoints WHERE run_pk = ?", (row["pk"],)).rowcount
             db.execute("DELETE FROM chunks WHERE run_pk = ? AND sequence > 0", (row["pk"],))
             db.execute("DELETE FROM journal WHERE run_pk = ?", (row["pk"],))

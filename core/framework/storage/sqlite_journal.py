@@ -57,5 +57,6 @@ def read(
             found.append(JournalRow(its_step, number, record))
         elif on_damage is not None:
             where = f"journal row {its_step!r}/{number!r}"
-            on_damage(Damage(run_id, None, where, "it does not match its checksum"))
+            said = its_step if isinstance(its_step, str) else None, number if isinstance(number, int) else None
+            on_damage(Damage(run_id, None, where, "it does not match its checksum", *said))
     return found

@@ -20,6 +20,7 @@ def leave(db: sqlite3.Connection, run_pk: int, message: Message) -> None:
         )
     except sqlite3.IntegrityError:
         raise MessageRefused(message.run_id, message.name, "one of this name was left before.") from None
+    db.execute("UPDATE runs SET messaged = 1 WHERE pk = ? AND messaged = 0", (run_pk,))
 
 
 def read(db: sqlite3.Connection, run_id: str, on_damage: Callable[[Damage], None] | None) -> list[Message]:

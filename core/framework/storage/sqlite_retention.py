@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 
 from framework import _faults
+from framework.storage.chunks import Chunk
 from framework.storage.records import Retention
 from framework.storage.sqlite_schema import SETS_MARK
 
 
+def pinned(db: sqlite3.Connection, pk: int, before: int) -> list[int]:
+    """The pinned checkpoints of a run below the sequence ``before``, in order."""
+    rows = db.execute(
+        "SELECT sequence FROM pins WHERE run_pk = ? AND sequence > 0 AND sequence < ? ORDER BY sequence", (pk, before)
+    )
+    return [row[0] for row in rows]
+
+
 def replace(db: sqlite3.Connection, pk: int, sequence: int) -> None:
-    """Drop a checkpoint from between the others."""
+    """Drop a checkpoint from between the others, unless it is pinned."""
     values = (pk, sequence)
+    if db.execute("SELECT 1 FROM pins WHERE run_pk = ? AND sequence = ?", values).fetchone():
+        return
     if not db.execute("DELETE FROM checkpoints WHERE run_pk = ? AND sequence = ?", values).rowcount:
         return
     before, after = (
@@ -23,7 +35,7 @@ def replace(db: sqlite3.Connection, pk: int, sequence: int) -> None:
 
 
 def prune(db: sqlite3.Connection, pk: int, retention: Retention, needed: int | None = None) -> int:
-    """Drop all but the newest checkpoints; those from sequence ``needed`` on stay in any case."""
+    """Drop all but the newest checkpoints; pinned ones, and those from sequence ``needed`` on, stay in any case."""
     if retention.keep is None:
         return 0
     kept = db.execute(
@@ -34,10 +46,40 @@ def prune(db: sqlite3.Connection, pk: int, retention: Retention, needed: int | N
     if kept is None or first == kept["sequence"]:
         return 0
     oldest: int = kept["sequence"] if needed is None else min(kept["sequence"], needed)
-    dropped = db.execute("DELETE FROM checkpoints WHERE run_pk = ? AND sequence < ?", (pk, oldest)).rowcount
-    _faults.reach("retention")
-    _drop_chunks(db, pk, first, 0, oldest)
+    return drop_below(db, pk, oldest, first)
+
+
+def drop_below(db: sqlite3.Connection, pk: int, oldest: int, first: int) -> int:
+    """Drop the checkpoints below the retained one ``oldest`` that are not pinned; how many. ``first`` is the lowest."""
+    after = 0
+    dropped = 0
+    for upto in (*pinned(db, pk, oldest), oldest):
+        # Between two that stay, all go at once.
+        since = first
+        if after:
+            found = db.execute("SELECT min(sequence) FROM checkpoints WHERE run_pk = ? AND sequence > ?", (pk, after))
+            since = found.fetchone()[0]
+        if since < upto:
+            gone = "DELETE FROM checkpoints WHERE run_pk = ? AND sequence > ? AND sequence < ?"
+            dropped += db.execute(gone, (pk, after, upto)).rowcount
+            _faults.reach("retention")
+            _drop_chunks(db, pk, since, after, upto)
+        after = upto
     return dropped
+
+
+def drop_before(db: sqlite3.Connection, pk: int, chunks: Sequence[Chunk], sequence: int) -> None:
+    """Drop what the chunks of the commit ``sequence`` took the place of, its checkpoint being the only one left.
+
+    What ``prune`` comes to when the checkpoint before was the only one as well, without looking anything up.
+    """
+    _faults.reach("retention")
+    sets = [(pk, chunk.key, sequence) for chunk in chunks if chunk.op == "set"]
+    if sets:
+        db.executemany("DELETE FROM chunks WHERE run_pk = ? AND key = ? AND sequence > 0 AND sequence < ?", sets)
+    for chunk in chunks:
+        if chunk.op == "delete":
+            _drop_unreachable(db, pk, chunk.key, 0, sequence)
 
 
 def _drop_chunks(db: sqlite3.Connection, pk: int, since: int, after: int, upto: int) -> None:

@@ -3,26 +3,45 @@
 Tables, one row each for: ``runs`` a run and its lease; ``definitions`` a graph or plan by content hash; ``steps`` a
 commit, kept for the run's life; ``checkpoints`` a retained checkpoint; ``chunks`` a write to a key of a state;
 ``documents`` and ``run_nodes`` the runtime's ``Run`` document and its index; ``messages`` what was left for a run;
-``journal`` a call of a step that has not committed yet.
+``journal`` a call of a step that has not committed yet; ``pins`` what retention leaves alone (sequence 0: the run);
+``retired`` a run that is gone and whose rows are still to be removed.
 
 Chunks have a rowid, so they are written to the end of their table and fill its pages; only the small index entry goes
-between others. Pages of 16 KiB hold chunks of about 1 KB with 7 % waste (4 KiB: 33 %).
+between others. Pages of 8 KiB hold chunks of about 1 KB with 7 % waste (4 KiB: 33 %), and a commit, which writes whole
+pages, half of what it does with 16 KiB. A store keeps the size that it was made with.
 """
 
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 from framework.errors import StorageError, StoreTooNew
 from framework.storage.chunks import Op
 from framework.storage.records import NewRun
 
-SCHEMA_VERSION = 3
-PAGE_BYTES = 16_384
+SCHEMA_VERSION = 5
+PAGE_BYTES = 8_192
+
+WAL_BYTES = 1_048_576
+"""The log is folded into the file, and begun anew, when it has grown to this size.
+
+SQLite's own limit is 1000 pages. A sync of a file that is overwritten costs about half of one of a file that grows
+(whose size has to be made durable as well), so a short log is used up to its end soon and written over from then on.
+"""
 OPS: tuple[Op, ...] = ("append", "set", "delete")
 """Operations by their number in ``chunks.op``."""
+
+RUN_COLUMNS = (
+    "pk, run_id, executor_type, goal_id, fingerprint, CAST(header AS BLOB) AS header, state, created_at, updated_at, "
+    "error, owner, token, lease_until, recovery_attempts, parent_run_id, wake_at, header_crc, "
+    "(SELECT max(steps.sequence) FROM steps WHERE steps.run_pk = runs.pk) AS last"
+)
+"""What a ``RunRecord`` is made of. In one statement, which sees one moment: a commit changes both the run's row and its
+last sequence, and a second query could see it when the first did not."""
 
 SETS_MARK = "\x1f\x1f"
 """Joins the keys in ``steps.sets``; a key that holds it itself is only looked at in vain."""
@@ -135,7 +154,30 @@ ALTER TABLE runs ADD COLUMN wake_at REAL;
 CREATE INDEX runs_by_waking ON runs (wake_at, run_id) WHERE wake_at IS NOT NULL;
 """
 
-MIGRATIONS: tuple[str, ...] = (_VERSION_1, _VERSION_2, _VERSION_3)
+_VERSION_4 = """
+ALTER TABLE runs ADD COLUMN messaged INTEGER NOT NULL DEFAULT 0;
+UPDATE runs SET messaged = 1 WHERE pk IN (SELECT run_pk FROM messages);
+CREATE INDEX runs_by_message ON runs (run_id) WHERE messaged = 1 AND state = 'paused';
+
+ALTER TABLE checkpoints ADD COLUMN at REAL;
+CREATE TABLE pins (
+    run_pk INTEGER NOT NULL,
+    sequence INTEGER NOT NULL,
+    note TEXT NOT NULL,
+    pinned_at REAL NOT NULL,
+    PRIMARY KEY (run_pk, sequence)
+) WITHOUT ROWID;
+CREATE TABLE retired (run_pk INTEGER PRIMARY KEY);
+CREATE INDEX runs_by_change ON runs (state, updated_at, run_id);
+CREATE INDEX runs_by_parent ON runs (parent_run_id) WHERE parent_run_id IS NOT NULL;
+CREATE INDEX runs_by_definition ON runs (fingerprint);
+"""
+
+_VERSION_5 = ""
+"""The same tables. Values in ``chunks`` may be compressed, which a program that knows up to version 4 would take for
+damage."""
+
+MIGRATIONS: tuple[str, ...] = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4, _VERSION_5)
 """The script that leads from each version to the next; version 0 is an empty file."""
 
 READ_CHUNKS = """
@@ -144,7 +186,7 @@ base AS (
     SELECT key, max(sequence) AS sequence FROM chunks
     WHERE run_pk = (SELECT pk FROM run) AND op <> 0 AND sequence <= :sequence GROUP BY key
 )
-SELECT chunks.key, chunks.op, CAST(chunks.data AS BLOB), chunks.checksum FROM base JOIN chunks
+SELECT chunks.sequence, chunks.key, chunks.op, CAST(chunks.data AS BLOB), chunks.checksum FROM base JOIN chunks
 ON chunks.run_pk = (SELECT pk FROM run) AND chunks.key = base.key
 AND chunks.sequence >= base.sequence AND chunks.sequence <= :sequence
 ORDER BY chunks.key, chunks.sequence
@@ -164,6 +206,8 @@ def connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA cache_size = -16384")
+        page = connection.execute("PRAGMA page_size").fetchone()[0]
+        connection.execute(f"PRAGMA wal_autocheckpoint = {max(1, WAL_BYTES // page)}")
     except BaseException:
         connection.close()
         raise
@@ -182,11 +226,20 @@ def _text(data: bytes) -> str:
 
 def row_crc(*values: bytes | str | float | None) -> int:
     """A checksum of a row's values that changes with any of them and with where one ends."""
-    crc = 0
+    parts = []
     for value in values:
-        data = value if isinstance(value, bytes) else repr(value).encode("utf-8", "surrogatepass")
-        crc = crc32(data, crc32(b"%d:" % len(data), crc))
-    return crc
+        data = value if type(value) is bytes else repr(value).encode("utf-8", "surrogatepass")
+        parts.append(b"%d:" % len(data))
+        parts.append(data)
+    return crc32(b"".join(parts))
+
+
+def log_crc(sequence: int, record: bytes, log: bytes | None) -> int:
+    """``row_crc`` of a log row, for the many that a resume reads."""
+    if log is None and type(record) is bytes:
+        number = b"%d" % sequence
+        return crc32(b"4:None", crc32(record, crc32(b"%d:%b%d:" % (len(number), number, len(record)))))
+    return row_crc(sequence, record, log)
 
 
 def version_of(connection: sqlite3.Connection) -> int:
@@ -229,7 +282,7 @@ def migrate(connection: sqlite3.Connection, name: str, migrations: tuple[str, ..
         raise
 
 
-def facts_crc(run: NewRun | sqlite3.Row, created_at: float) -> int:
+def facts_crc(run: NewRun | sqlite3.Row | Mapping[str, Any], created_at: float) -> int:
     """A checksum of what never changes about a run."""
     if isinstance(run, NewRun):
         run_id, kind, goal_id, fingerprint = run.run_id, run.executor_type, run.goal_id, run.fingerprint

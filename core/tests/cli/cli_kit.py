@@ -136,6 +136,7 @@ class Site:
             "SUREFOOT_STORAGE": self.url,
             "LEDGER": str(self.folder / "ledger"),
             "PYTHONUTF8": "1",
+            "SUREFOOT_GRACE_SECONDS": "0",
             **self.variables,
             **variables,
         }

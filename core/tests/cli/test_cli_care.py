@@ -53,7 +53,7 @@ def test_the_password_of_a_storage_url_is_never_shown(here: Here, words: tuple[s
     done = here(*words, "--storage", "postgres://me:pw7@host/db")
     assert done.code == 1
     assert "pw7" not in done.out + done.err
-    assert "***@host" in done.out + done.err
+    assert "@host" in done.out + done.err
 
 
 def test_the_command_to_go_on_shows_no_password_of_an_endpoint(here: Here, site: Site) -> None:

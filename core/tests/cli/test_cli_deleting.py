@@ -57,7 +57,7 @@ def test_a_delete_that_fails_after_it_took_the_lease_leaves_the_run_crashed_with
     chosen = _choose(storage, [RUN_ID], [], None)
     delete = storage.delete_run
 
-    def failing(run_id: str) -> bool:
+    def failing(run_id: str, *, force: bool = False) -> bool:
         if record(storage).owner is None:
             raise StorageError("the disk is gone")
         return delete(run_id)
@@ -72,7 +72,7 @@ def test_a_run_that_was_ended_meanwhile_stays_as_it_is(storage: Storage, monkeyp
     crashed(storage)
     chosen = _choose(storage, [RUN_ID], [], None)
 
-    def ended_meanwhile(run_id: str) -> bool:
+    def ended_meanwhile(run_id: str, *, force: bool = False) -> bool:
         monkeypatch.undo()
         cancel_run(storage, run_id, 30)
         raise RunBusy(run_id, "somebody", 1.0)

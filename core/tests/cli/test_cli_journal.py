@@ -15,12 +15,19 @@ Start = Callable[..., Started]
 
 NODES = """
 import asyncio, os
+from typing import Annotated
+from pydantic import AfterValidator, Field
 from framework.graph.node import NodeProtocol, NodeResult
 from framework.llm.provider import LLMResponse
 
 def ledger(text):
     with open(os.environ["LEDGER"], "a") as file:
         file.write(text + "\\n")
+
+def even(number):
+    if number % 2:
+        raise ValueError("it is odd")
+    return number
 
 def look(place):
     ledger("look")
@@ -45,6 +52,10 @@ class Build(NodeProtocol):
         if kind == "sleep":
             await ctx.sleep(float(os.environ.get("SLEEP", "3600")))
             value = "rested"
+        elif kind == "twice":
+            value = [await ctx.wait_for("go"), await ctx.wait_for("go")]
+        elif kind == "even":
+            value = await ctx.ask("Which number?", Annotated[int, Field(ge=0), AfterValidator(even)])
         elif kind == "signal":
             value = await ctx.wait_for("go")
         elif kind == "pay":
@@ -122,6 +133,44 @@ def test_a_signal_may_come_first_and_one_for_no_run_is_told(built: Site) -> None
     assert built.call("runs", "send", "house", "go", '{"at": 7}').code == 0
     result = built.call("resume", "house-1", "-q", KIND="signal").document
     assert result["output"]["house"] == "plan of the site: {'at': 7}"
+
+
+def test_which_wait_a_signal_is_for_can_be_said(built: Site) -> None:
+    assert built.call("run", built.agent, *INPUT, KIND="twice").code == 3
+    assert built.call("runs", "send", "house-1", "go", "1").code == 0
+    early = built.call("runs", "send", "house-1", "go", "2")
+    assert early.code == 1
+    assert "occurrence=2" in early.err
+    paused = built.call("resume", "house-1", KIND="twice")
+    assert paused.code == 3
+    assert "the signal go (number 2)" in paused.out
+    assert "surefoot runs send house-1 go '<JSON>' --occurrence 2" in paused.out
+    late = built.call("runs", "send", "house-1", "go", "7", "--occurrence", "1")
+    assert late.code == 1
+    assert "first one counts" in late.err
+    assert built.call("runs", "send", "house-1", "go", "2", "--occurrence", "0").code == 2
+    assert built.call("runs", "send", "house-1", "build#1/q01234567", "2", "--occurrence", "1").code == 2
+    assert built.call("runs", "send", "house-1", "go", "2", "--occurrence", "2").code == 0
+    result = built.call("resume", "house-1", "-q", KIND="twice").document
+    assert result["output"]["house"] == "plan of the site: [1, 2]"
+
+
+def test_an_answer_that_the_node_refuses_is_shown_and_asked_again(built: Site) -> None:
+    assert built.call("run", built.agent, *INPUT, KIND="even").code == 3
+    [waiting] = shown(built.call)["resume"]["waiting"]  # type: ignore[index]
+    assert built.call("runs", "send", "house-1", waiting["name"], "-4").code == 1, "the schema says so"
+    assert built.call("runs", "send", "house-1", waiting["name"], "3").code == 0, "only the node knows"
+    done = built.call("recover", "-o", "json", KIND="even")
+    assert [each["outcome"] for each in done.document["recovered"]] == ["paused"], done.err
+    screen = built.call("runs", "show", "house-1").out
+    assert "the last one was refused" in screen
+    assert "it is odd" in " ".join(screen.split())
+    assert f"surefoot runs send house-1 '{waiting['name']}' '<JSON>'" in screen
+    assert built.call("recover", KIND="even").out == "No run has crashed, and none is due.\n"
+    assert built.call("runs", "send", "house-1", waiting["name"], "4").code == 0
+    result = built.call("resume", "house-1", "-q", KIND="even").document
+    assert result["output"]["house"] == "plan of the site: 4"
+    assert looks(built) == 2
 
 
 def test_a_run_that_sleeps_is_let_go_and_not_woken_before_it_is_due(built: Site) -> None:

@@ -201,7 +201,7 @@ def test_recover_cancels_a_run_that_was_asked_to_stop_and_did_not_live_to_do_it(
 
 def test_recover_watches_until_it_is_stopped(site: Site, started: Start) -> None:
     watching = started("recover", "--watch", "--interval", "0.1", "-o", "json")
-    watching.wait_for("Looking for crashed runs")
+    watching.wait_for("Looking for crashed")
     running = started("run", site.agent, *INPUT, "--run-id", "house-1", HOLD="build")
     running.wait_for("holding")
     running.kill()

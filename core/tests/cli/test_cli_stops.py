@@ -18,12 +18,12 @@ from framework.graph.run_events import RunEvent
 from framework.runner.cli import recovering
 from framework.runner.cli.agents import Choices, folder_of, load_agent
 from framework.runner.cli.exits import CommandError
-from framework.runner.cli.recovering import Recovered, _Recovery
 from framework.runner.cli.running import Loop
 from framework.runner.cli.settings import Settings
-from framework.runner.runner import MAX_RECOVERY_ATTEMPTS, AgentRunner
+from framework.runner.runner import AgentRunner
+from framework.schemas.checkpoint import CheckpointConfig
 from framework.schemas.run import RunState
-from framework.storage.backend import Storage, open_storage
+from framework.storage.backend import open_storage
 from tests.cli.cli_kit import Done, Site, Started
 
 Here = Callable[..., Done]
@@ -150,47 +150,16 @@ def test_a_run_that_could_not_be_taken_up_is_tried_again_and_told_of_once(
 
     def load(settings: Settings, folder: Path, *rest: Any) -> AgentRunner:
         tries.append(folder.name)
-        if len(tries) < 3:
-            raise OSError("no network")
+        if len(tries) < 4:
+            raise OSError("no network" if len(tries) < 3 else "no disk")
+        os.kill(os.getpid(), signal.SIGINT)  # it loads, and the watching ends
         return load_agent(settings, folder, *rest)
 
     monkeypatch.setattr(recovering, "load_agent", load)
-
-    async def look(recovery: _Recovery, told: list[Recovered]) -> None:
-        await recovery.resume(recovery.to_resume(), told.append)
-
-    with open_storage(site.url) as storage:
-        recovery, told = _Recovery(Settings(), storage, None, 1, interval=0.0), list[Recovered]()
-        for _ in range(3):
-            asyncio.run(look(recovery, told))
-        assert [each.outcome for each in told] == ["failed", "completed"]
-        assert len(tries) == 3
-
-
-def test_a_run_that_could_not_be_taken_up_is_left_alone_for_a_while(
-    here: Here, site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    leave(site, site.agent, "house-1")
-    now = [0.0]
-
-    def load(*_: Any) -> AgentRunner:
-        raise KeyError("no")
-
-    monkeypatch.setattr("framework.runner.cli.recovering.time.monotonic", lambda: now[0])
-    monkeypatch.setattr(recovering, "load_agent", load)
-    with open_storage(site.url) as storage:
-        recovery = _Recovery(Settings(), storage, None, 1, interval=10.0)
-        for wait in (10.0, 20.0, 40.0):
-            found = recovery.to_resume()
-            assert [run.run_id for run in found] == ["house-1"]
-            asyncio.run(_look(recovery, storage))
-            now[0] += wait - 0.1
-            assert recovery.to_resume() == []
-            now[0] += 0.2
-
-
-async def _look(recovery: _Recovery, storage: Storage) -> None:
-    await recovery.resume(recovery.to_resume(), lambda _: None)
+    done = here("recover", "--watch", "--interval", "0.1")
+    assert len(tries) == 4
+    told = [line for line in done.out.splitlines() if "failed" in line]
+    assert ["no network" in told[0], "no disk" in told[1], len(told)] == [True, True, 2]
 
 
 def test_runs_of_another_folder_of_the_same_name_are_left_alone(here: Here, site: Site) -> None:
@@ -206,12 +175,12 @@ def test_runs_of_another_folder_of_the_same_name_are_left_alone(here: Here, site
 
 def test_being_let_go_does_not_count_as_crashing(here: Here, site: Site) -> None:
     """As by one deploy after another during a long step."""
-    for _ in range(MAX_RECOVERY_ATTEMPTS + 2):
+    for _ in range(CheckpointConfig().max_recovery_attempts + 2):
         leave(site, site.agent, "house-1")
     with open_storage(site.url) as storage:
         record = storage.find_run("house-1")
         assert record is not None
-        assert record.recovery_attempts > MAX_RECOVERY_ATTEMPTS
+        assert record.recovery_attempts == 0
     assert outcomes(here("recover", "-o", "json")) == {"house-1": "completed"}
 
 

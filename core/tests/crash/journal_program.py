@@ -21,7 +21,7 @@ from framework.graph.checkpoint_manager import CheckpointManager
 from framework.graph.edge import GraphSpec
 from framework.graph.executor import GraphExecutor
 from framework.graph.goal import Goal
-from framework.graph.journal import current_idempotency_key
+from framework.graph.journal import CallSpec, current_idempotency_key, request_hash
 from framework.graph.node import LLMNode, NodeContext, NodeResult, NodeSpec
 from framework.llm.provider import LLMProvider, LLMResponse, Message, Tool, ToolResult, ToolUse
 from framework.llm.tool_loop import Turn
@@ -123,6 +123,86 @@ def concurrent(outside: Outside, seed: int) -> Calls:
     return Calls(body)
 
 
+async def _background(ctx: NodeContext, outside: Outside) -> list[int]:
+    """The step's own calls beside a task that is awaited at the end."""
+
+    async def row(name: str) -> list[int]:
+        return [await ctx.call("get", outside.reach, f"{name}.{each}") for each in range(4)]
+
+    task = asyncio.create_task(row("task"))
+    own = await row("own")
+    return [*own, *await task]
+
+
+async def _group(ctx: NodeContext, outside: Outside) -> list[int]:
+    async def row(name: str) -> list[int]:
+        return [await ctx.call("get", outside.reach, f"{name}.{each}") for each in range(2)]
+
+    found: list[int] = []
+    for turn in range(2):
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(row(f"{turn}{name}")) for name in "ab"]
+        found += [number for task in tasks for number in task.result()]
+    return found
+
+
+async def _completed(ctx: NodeContext, outside: Outside) -> list[int]:
+    """What is done first is stored first; two at a time."""
+    room = asyncio.Semaphore(2)
+
+    async def page(number: int) -> int:
+        async with room:
+            found: int = await ctx.call("get", outside.reach, f"page.{number}")
+            return found
+
+    stored = []
+    for done in asyncio.as_completed([asyncio.create_task(page(each)) for each in range(4)]):
+        number = await done
+        stored += [number, await ctx.call("get", outside.reach, f"store.{number}")]
+    return stored
+
+
+async def _threads(ctx: NodeContext, outside: Outside) -> list[int]:
+    """Threads that each make calls that block, with the step's own around."""
+    journal = ctx.journal
+    assert journal is not None
+
+    def get(what: str) -> int:
+        return journal.call_blocking("get", request_hash(what, "what"), lambda key: outside.reach(what), CallSpec())
+
+    def row(name: str) -> list[int]:
+        return [get("hello"), get(f"{name}.1"), get(f"{name}.2")]
+
+    first = await ctx.call("get", outside.reach, "first")
+    rows = await asyncio.gather(*(asyncio.to_thread(row, name) for name in "ab"))
+    return [first, *rows[0], *rows[1], await ctx.call("get", outside.reach, "last")]
+
+
+async def _handled(ctx: NodeContext, outside: Outside) -> list[int]:
+    """A call that raises, which the step handles by other calls."""
+
+    def refuses() -> None:
+        raise ValueError(str(outside.reach("refused")))
+
+    found = [await ctx.call("get", outside.reach, "before")]
+    try:
+        await ctx.call("get", refuses)
+    except ValueError as error:
+        found.append(int(str(error)))
+    for each in range(4):
+        found.append(await ctx.call("get", outside.reach, f"after.{each}"))
+    return found
+
+
+SHAPES = {
+    "background": _background,
+    "group": _group,
+    "completed": _completed,
+    "threads": _threads,
+    "handled": _handled,
+}
+
+
 def sleeping(seconds: float) -> Calls:
     async def body(ctx: NodeContext) -> float:
         began = time.monotonic()
@@ -141,6 +221,9 @@ async def execute(url: str, port: int, work: str, die_at: int, seed: int, config
         node, llm = agent(outside)
     elif work == "booking":
         node, llm = agent(outside, "book")
+    elif work in SHAPES:
+        shape = SHAPES[work]
+        node = Calls(lambda ctx: shape(ctx, outside))
     elif work == "concurrent":
         node = concurrent(outside, seed)
     else:

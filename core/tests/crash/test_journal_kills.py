@@ -73,7 +73,7 @@ class World:
         repeated = {key: counts[key] for key, count in self.finished.items() if counts[key] != count}
         assert not repeated, f"finished calls were made again: {repeated}"
         if process.returncode == -signal.SIGKILL:
-            self.finished = {each.key: counts[each.key] for each in self.journal() if each.state == "done"}
+            self.finished = {each.key: counts[each.key] for each in self.journal() if each.state in ("done", "failed")}
             return None
         assert process.returncode == 0, errors
         result: dict[str, Any] = json.loads(output.splitlines()[-1])
@@ -137,7 +137,7 @@ def check_agent(world: World, result: dict[str, Any] | None) -> None:
 @pytest.mark.parametrize("backend", ["sqlite"])
 def test_a_step_killed_at_each_of_its_calls_in_turn(make_world: Callable[..., World], backend: str) -> None:
     """Each process but the last dies in the first call that none had made before it."""
-    world = make_world("agent", backend=backend)
+    world = make_world("agent", backend=backend, config={"max_recovery_attempts": AGENT_CALLS})
     for number in range(AGENT_CALLS):
         assert world.live(die_at=1 if number == 0 else 2) is None
         assert len(world.finished) == number
@@ -197,6 +197,51 @@ def test_concurrent_calls_killed_at_random(make_world: Callable[..., World], see
 @pytest.mark.parametrize("seed", range(100, 115))
 def test_concurrent_calls_killed_at_random_at_length(make_world: Callable[..., World], seed: int, backend: str) -> None:
     concurrent_calls(make_world, seed, backend)
+
+
+SHAPES = {"background": 8, "group": 8, "completed": 8, "threads": 8, "handled": 6}
+"""How many calls each makes."""
+
+
+def shape_killed(world: World, *die_at: int) -> None:
+    """One process is killed at each of these requests of its own; then one comes to the end."""
+    kills = 0
+    for at in die_at:
+        if (result := world.live(at)) is not None:
+            break
+        kills += 1
+    else:
+        result = world.live()
+    assert result is not None
+    assert result["success"], result["error"]
+    calls = SHAPES[world.work]
+    assert len(set(result["value"])) == len(result["value"]) == calls, "two calls were given one answer"
+    counts = world.counts()
+    # At most three calls are in flight at a time here; `World.live` has seen that no finished one was made again.
+    assert sum(counts.values()) <= calls + 3 * kills
+    assert max(counts.values()) <= 1 + kills
+    assert all(len(keys) == (2 if what == "hello" else 1) for what, keys in world.whats().items()), "another key"
+    assert world.journal() == []
+
+
+@pytest.mark.parametrize("work", SHAPES)
+@pytest.mark.parametrize("seed", range(2))
+def test_steps_of_many_shapes_killed(make_world: Callable[..., World], work: str, seed: int) -> None:
+    chance = random.Random(seed)
+    calls = SHAPES[work]
+    shape_killed(make_world(work), *((chance.randrange(2, calls),) if seed else (3, 3, 3)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("backend", ["sqlite", "file"])
+@pytest.mark.parametrize("work", SHAPES)
+def test_steps_of_many_shapes_killed_at_every_place(make_world: Callable[..., World], work: str, backend: str) -> None:
+    for at in range(1, SHAPES[work] + 1):
+        shape_killed(make_world(work, backend=backend), at)
+    chance = random.Random(work + backend)
+    for _ in range(3):
+        shape_killed(make_world(work, backend=backend), *(chance.randrange(1, 6) for _ in range(4)))
 
 
 def test_an_effect_in_flight_at_a_kill_waits_to_be_settled(make_world: Callable[..., World]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from framework.schemas.run import RunState
-from framework.storage.backend import open_storage
+from framework.storage.backend import FileStorage, open_storage
 from framework.storage.records import LogRow, RunRecord
+from framework.storage.sqlite import SQLiteStorage
 
 if TYPE_CHECKING:
     from tests.crash.conftest import Lab, Reference
@@ -58,7 +60,7 @@ def test_a_stopped_owner_is_replaced_and_changes_nothing_when_it_wakes(
     stopped = lab.start(hold="node.inside:6")
     lab.expect(stopped, "ready")
     lab.expect(stopped, "held")
-    stopped.send_signal(signal.SIGSTOP)
+    _stop(lab, stopped)
     taker = lab.start(hold="node.inside:3")
     lab.expect(taker, "ready")
     while lab.expect(taker, "held") != "held":  # it exists, so only the end of its lease frees the run
@@ -93,6 +95,18 @@ def test_a_lease_is_renewed_while_a_node_works(make_lab: Callable[..., Lab], exp
         time.sleep(0.02)
     assert "busy" in (lab.live().result or {})
     lab.check_finished(expected, lab.finish(owner))
+
+
+def _stop(lab: Lab, process: subprocess.Popen[str]) -> None:
+    """Stop a process while it is not writing, such as renewing its lease: nobody could write until it went on."""
+    with open_storage(lab.url) as storage:
+        if isinstance(storage, FileStorage):
+            with storage._run_lock(lab.run_id, "stop the owner of"):
+                process.send_signal(signal.SIGSTOP)
+        else:
+            assert isinstance(storage, SQLiteStorage)
+            with storage._write("stop the owner"):
+                process.send_signal(signal.SIGSTOP)
 
 
 def _run(lab: Lab) -> RunRecord:

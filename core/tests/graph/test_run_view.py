@@ -35,10 +35,11 @@ from tests.graph.run_view_kit import (
 )
 
 
-@pytest.fixture(params=["memory", "sqlite", "file"])
+@pytest.fixture(params=["memory", "sqlite", "file", "postgresql"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
     urls = {"memory": "memory://", "sqlite": f"sqlite:///{tmp_path}/runs.db", "file": f"file://{tmp_path}/store"}
-    opened = open_storage(urls[request.param])
+    url = urls.get(request.param) or request.getfixturevalue("postgres_url")
+    opened = open_storage(url)
     with opened:
         yield opened
 

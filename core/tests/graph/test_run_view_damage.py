@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,10 @@ from framework.errors import CorruptData, ResumeError
 from framework.graph.node import NodeSpec
 from framework.graph.run_view import diff_checkpoints, export_run, find_checkpoint, view_run
 from framework.schemas.run import RunState
+from framework.storage.contract import accept, commit, new_run
+from framework.storage.memory import MemoryStorage
+from framework.storage.ownership import new_owner, retire
+from framework.storage.records import Damage, Message
 from framework.storage.sqlite import SQLiteStorage
 from tests.graph.executor_kit import edge, graph_of
 from tests.graph.run_view_kit import RUN_ID, checked, execute, standings
@@ -133,6 +139,31 @@ def test_a_run_that_goes_on_while_it_is_looked_at_is_never_taken_for_damaged(tmp
         assert {view.resume.verdict for view in views} <= {"busy", "nothing"}
         assert not any(view.damage or view.resume.lost for view in views)
         assert len(view_run(other, RUN_ID).steps) == rounds
+
+
+@pytest.mark.parametrize("ends_at", [1, 2, 4, 5, 6])
+def test_a_run_that_ends_while_it_is_looked_at_is_seen_as_it_ended(ends_at: int) -> None:
+    """It commits at every look, and completes at one of them: also at the last that is taken for one that goes on."""
+    owner = new_owner()
+    looks = 0
+
+    class Beside(MemoryStorage):
+        def read_messages(self, run_id: str, on_damage: Callable[[Damage], None] | None = None) -> list[Message]:
+            nonlocal looks
+            looks += 1
+            if looks <= ends_at:
+                end: dict[str, Any] = {"state": RunState.COMPLETED, "release": True} if looks == ends_at else {}
+                accept(self, commit(looks, RUN_ID, 1, **end))
+                if end:
+                    retire(owner)  # as an executor does with its last commit
+            return super().read_messages(run_id, on_damage)
+
+    with Beside() as storage:
+        storage.open_run(new_run(RUN_ID, definition=b"{}"), owner, 60)
+        view = view_run(storage, RUN_ID)
+        expected = (RunState.RUNNING, "busy") if ends_at == 6 else (RunState.COMPLETED, "nothing")
+        assert (view.state, view.resume.verdict) == expected
+    retire(owner)
 
 
 def test_a_completed_run_whose_last_checkpoint_is_damaged_is_refused_and_not_run_again(tmp_path: Path) -> None:

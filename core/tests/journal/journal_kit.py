@@ -20,7 +20,7 @@ from framework.llm.provider import Tool
 from framework.schemas.checkpoint import CheckpointConfig
 from framework.storage.interface import Storage
 from framework.storage.records import JournalRow, Message
-from tests.graph.executor_kit import MinimalRuntime, graph_of
+from tests.graph.executor_kit import MinimalRuntime, edge, graph_of
 
 GOAL = Goal(id="goal", name="Goal", description="Get it done")
 
@@ -46,6 +46,10 @@ class Rows:
     def read_messages(self) -> Future[list[Message]]:
         return _done(list(self.messages))
 
+    def leave_message(self, name: str, body: bytes) -> Future[None]:
+        self.messages.append(Message(self.run_id, name, body, 0.0))
+        return _done(None)
+
 
 def _done(value: Any) -> Future[Any]:
     future: Future[Any] = Future()
@@ -64,6 +68,7 @@ class Outside:
         self.reached: Counter[str] = Counter()
         self.keys: dict[str, set[str]] = {}
         self.crash_at: int | None = None
+        self.on_crash: Callable[[], None] = lambda: None
         self.calls = 0
 
     def answer(self, what: str, key: str) -> str:
@@ -71,6 +76,7 @@ class Outside:
         self.reached[what] += 1
         self.keys.setdefault(what, set()).add(key)
         if self.calls == self.crash_at:
+            self.on_crash()
             raise Crash(what)
         return f"{what} at {self.calls}"
 
@@ -109,6 +115,25 @@ class Node:
     async def execute(self, ctx: NodeContext) -> NodeResult:
         self.attempts += 1
         return NodeResult(True, {"value": await self.body(ctx)})
+
+
+class Quiet:
+    """A node that does nothing and puts nothing out."""
+
+    async def execute(self, ctx: NodeContext) -> NodeResult:
+        return NodeResult(True)
+
+
+def loop_graph() -> GraphSpec:
+    """``a`` is visited again and again while its value is true; then comes ``b``."""
+    return graph_of(
+        NodeSpec(id="a", output_keys=["value"], max_retries=1),
+        NodeSpec(id="b"),
+        edges=[
+            edge("a", "a", "conditional", condition_expr="value == True"),
+            edge("a", "b", "conditional", condition_expr="value == False"),
+        ],
+    )
 
 
 class Bench:
@@ -159,3 +184,11 @@ class Bench:
         except asyncio.CancelledError:
             return
         raise AssertionError("the run was not cancelled")
+
+
+def question_of(bench: Bench) -> str:
+    """The id of the one question of the run that is open."""
+    calls = [call for call in bench.manager.journal("run") if call.kind == "ask" and call.state == "waiting"]
+    [name] = [call.answers_to for call in calls]
+    assert name is not None
+    return name

@@ -131,28 +131,52 @@ async def test_another_way_ends_the_replay_with_a_warning_and_no_wrong_answer() 
     assert again.journal.problems == []
 
 
-async def test_a_call_that_raised_is_made_again() -> None:
+async def test_a_call_that_raised_raises_again_and_what_followed_is_answered() -> None:
     rows, outside = Rows(), Outside()
     tries: list[str] = []
 
     async def work(life: Life) -> str:
         async def make(key: str) -> str:
             tries.append(key)
-            if len(tries) == 1:
-                raise OSError("no route")
-            return "there"
+            raise OSError(113, "no route")
 
         try:
             await life.journal.call("get", request_hash("x", ""), make, CallSpec())
-        except OSError:
-            return await life.call("instead")
-        return await life.call("normal")
+        except OSError as error:
+            assert (error.errno, error.strerror) == (113, "no route")
+            return f"{await life.call('instead')} {await life.call('last')}"
+        raise AssertionError
 
-    assert await Life(rows, outside).run(work) == "instead at 1"
+    await crash(rows, outside, work, 2)
     life = Life(rows, outside)
-    assert await life.run(work) == "normal at 2"
-    assert tries[0] == tries[1]
-    assert len(life.journal.problems) == 1, "its way is another one now"
+    assert await life.run(work) == "instead at 1 last at 3"
+    assert len(tries) == 1
+    assert life.journal.problems == []
+
+
+@pytest.mark.parametrize("keep", [False, True])
+async def test_what_failed_with_its_attempt_is_made_again_by_the_next_one(keep: bool) -> None:
+    rows, outside = Rows(), Outside()
+
+    async def work(life: Life) -> str:
+        await life.call("look")
+
+        async def make(key: str) -> str:
+            outside.answer("flaky", key)
+            if outside.reached["flaky"] == 1:
+                raise ConnectionError("not today")
+            return "there"
+
+        return await life.journal.call("get", request_hash("flaky", ""), make, CallSpec())
+
+    life = Life(rows, outside, keep_on_retry=keep)
+    with pytest.raises(ConnectionError):
+        await life.run(work)
+    await life.journal.failed()
+    life.journal = AttemptJournal(life.step)
+    assert await life.run(work) == "there"
+    assert outside.reached == {"look": 1 if keep else 2, "flaky": 2}
+    assert life.journal.problems == []
 
 
 async def effect(life: Life) -> str:
@@ -246,23 +270,6 @@ async def test_the_policy_rerun_makes_an_effect_again_with_its_key() -> None:
 
     assert await Life(rows, outside).run(work) == "send at 3"
     assert len(outside.keys["send"]) == 1
-
-
-async def test_an_effect_whose_caller_saw_it_fail_is_not_unknown() -> None:
-    rows, outside = Rows(), Outside()
-
-    async def work(life: Life) -> Any:
-        async def make(key: str) -> str:
-            outside.answer("send", key)
-            if outside.calls == 1:
-                raise RuntimeError("refused")
-            return "sent"
-
-        return await life.journal.call("mail", request_hash("send", ""), make, CallSpec("ask"))
-
-    with pytest.raises(RuntimeError):
-        await Life(rows, outside).run(work)
-    assert await Life(rows, outside).run(work) == "sent"
 
 
 async def test_an_unknown_effect_of_a_left_way_is_still_unknown() -> None:

@@ -24,10 +24,11 @@ from tests.graph.executor_kit import edge, graph_of
 from tests.journal.journal_kit import Bench, Node
 
 
-@pytest.fixture(params=["memory", "sqlite", "file"])
+@pytest.fixture(params=["memory", "sqlite", "file", "postgresql"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
     urls = {"memory": "memory://", "sqlite": f"sqlite:///{tmp_path}/runs.db", "file": f"file://{tmp_path}/store"}
-    with open_storage(urls[request.param]) as opened:
+    url = urls.get(request.param) or request.getfixturevalue("postgres_url")
+    with open_storage(url) as opened:
         yield opened
 
 
@@ -428,7 +429,7 @@ async def test_a_value_of_50_megabytes_is_stored_and_answered(tmp_path: Path) ->
 
 
 async def test_a_value_beyond_the_limit_is_refused_with_the_limit_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("framework.graph.journal.MAX_VALUE_BYTES", 1000)
+    monkeypatch.setattr("framework.graph.journal_spec.MAX_VALUE_BYTES", 1000)
 
     async def body(ctx: NodeContext) -> Any:
         return await ctx.call("fetch", lambda: "x" * 2000)

@@ -257,6 +257,7 @@ def test_the_process_between_imports_little_and_finds_what_the_program_finds() -
         *mine,
         "framework.storage",
         "framework.storage.codec",
+        "framework.storage.sealed",
     }
     assert not {"pydantic", "pydantic_core", "asyncio", "secrets", "site"} & {*before, *after}
     elsewhere = [folder for folder in sys.path if Path(folder).resolve() != Path(framework.__file__).parents[1]]

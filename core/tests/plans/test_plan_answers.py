@@ -78,7 +78,9 @@ async def test_an_answer_that_comes_with_the_last_step_is_used_before_the_run_pa
     run = going.start()
     request = await going.asked()
     await going.started.wait()
-    committer_of(going.bench.executor.checkpoint_manager.storage)._look_at = float("inf")  # type: ignore[union-attr]
+    manager = going.bench.executor.checkpoint_manager
+    assert manager is not None
+    committer_of(manager.storage).heartbeat._look_at = float("inf")
     await going.bench.executor.answer_approval("r", "pay", answer("reject"), request.request_id)
     going.go_on.set()
     result = await run

@@ -46,7 +46,7 @@ GOAL = Goal(id="goal", name="Goal", description="Reach the end.")
 
 @pytest.fixture(autouse=True)
 def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("framework.storage.committer.LOOK_SECONDS", 0.02)
+    monkeypatch.setattr("framework.storage.heartbeat.LOOK_SECONDS", 0.02)
 
 
 def last_record(agent: Agent) -> dict[str, Any]:
@@ -384,7 +384,7 @@ async def open_plainly(manager: CheckpointManager, run_id: str, **options: Any) 
 
 
 async def test_looking_for_messages_costs_no_query_per_commit(monkeypatch: pytest.MonkeyPatch, quick: Agent) -> None:
-    monkeypatch.setattr("framework.storage.committer.LOOK_SECONDS", 3600.0)
+    monkeypatch.setattr("framework.storage.heartbeat.LOOK_SECONDS", 3600.0)
     assert isinstance(quick.storage, MemoryStorage)
     looks: list[int] = []
     count = quick.storage.count_messages

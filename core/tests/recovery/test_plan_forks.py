@@ -36,7 +36,7 @@ GOAL = Goal(id="goal", name="Goal", description="Reach the end.")
 
 @pytest.fixture(autouse=True)
 def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("framework.storage.committer.LOOK_SECONDS", 0.02)
+    monkeypatch.setattr("framework.storage.heartbeat.LOOK_SECONDS", 0.02)
 
 
 class AcceptAll:

@@ -42,7 +42,7 @@ class Unreliable(MemoryStorage):
             super().commit(commits)
         raise StorageError("The disk is full; free some space and resume.")
 
-    def delete_run(self, run_id: str) -> bool:
+    def delete_run(self, run_id: str, *, force: bool = False) -> bool:
         raise StorageError("The store is read-only.")
 
 
@@ -273,6 +273,35 @@ def test_a_closed_coroutine_leaves_nothing_active(quick: Agent, fans_out: bool) 
     assert quick.state() in (RunState.CRASHED, RunState.RUNNING)
     quick.work |= {"b": lambda ctx: {}, "c": lambda ctx: {}}
     assert asyncio.run(quick.run()).success
+
+
+def test_a_closed_run_without_checkpoints_says_so_in_its_document(plain: Agent) -> None:
+    """Nobody goes on with it, so it must not stand there as running for ever."""
+    storage = MemoryStorage()
+    runtime = plain.runtime = Runtime(storage)
+    waiting = asyncio.Event()
+
+    async def hang(ctx: NodeContext) -> None:
+        waiting.set()
+        await asyncio.Event().wait()
+
+    plain.node("a", hang)
+
+    async def main() -> None:
+        coroutine = plain.run()
+        driver = asyncio.create_task(_drive(coroutine))
+        await waiting.wait()
+        driver.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await driver
+        coroutine.close()
+
+    asyncio.run(main())
+    gc.collect()
+    assert runtime.current_run is None
+    document = storage.load_run("run-1")
+    assert document is not None
+    assert document.status is RunStatus.CANCELLED
 
 
 async def _drive(coroutine: Any) -> None:

@@ -12,11 +12,11 @@ import pytest
 from framework.errors import DefinitionChanged, ResumeError, RunBusy, RunNotFound, StorageError
 from framework.graph.budget import RunBudget
 from framework.graph.checkpoint_manager import CheckpointManager
+from framework.graph.crash_loops import is_given_up
 from framework.graph.node import NodeContext, NodeProtocol, NodeResult
 from framework.graph.run_messages import cancel_name
 from framework.llm.scripted import ScriptedLLM
 from framework.runner import AgentRunner
-from framework.runner.runner import MAX_RECOVERY_ATTEMPTS
 from framework.schemas.checkpoint import CheckpointConfig
 from framework.schemas.run import RunState
 from framework.storage.backend import open_storage
@@ -236,7 +236,7 @@ def test_a_storage_that_was_opened_is_closed_when_loading_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = MemoryStorage()
-    monkeypatch.setattr("framework.runner.runner.open_storage", lambda url: opened)
+    monkeypatch.setattr("framework.runner.runner.open_storage", lambda url, keys: opened)
     folder = write_agent(tmp_path / "a", HELLO, nodes="1 / 0")
     with pytest.raises(ValueError, match=r"nodes\.py:1: ZeroDivisionError"):
         AgentRunner.load(folder, storage="memory://")
@@ -258,11 +258,21 @@ async def test_a_run_that_keeps_crashing_is_not_recovered_for_ever(tmp_path: Pat
         counting = Counting(runner, fail=True)
         await runner.run({"name": "you"}, run_id="r")
         counting.fail = False
-        for _ in range(MAX_RECOVERY_ATTEMPTS + 1):
+        assert runner.checkpoint_manager is not None
+        for _ in range(runner.checkpoint_manager.config.max_recovery_attempts + 1):
             storage.claim_run("r", "somebody", 1e-9)
+        ran = list(counting.calls)
         [result] = await runner.recover()
-        assert not result.success
-        assert "6 times in a row" in (result.error or "")
+        assert (result.success, result.error_type) == (False, "recovery")
+        assert "ended its process 6 times in a row" in (result.error or "")
+        assert "'shout'" in (result.error or "")
+        assert counting.calls == ran
+        record = storage.find_run("r")
+        assert record is not None
+        assert (record.state, record.error, record.owner) == (RunState.FAILED, result.error, None)
+        assert is_given_up(record)
+        assert await runner.recover() == []
+        assert await runner.recover(failed=True) == [], "it is for a person"
         assert (await runner.resume("r")).success
 
 

@@ -92,7 +92,7 @@ async def test_a_step_is_durable_when_it_is_told_to_be_finished_and_a_resume_say
         events.clear()
         executor.register_node("b", returning(y=2))
         await executor.execute(graph_of("a", "b"), GOAL, run_id="r")
-        assert _told(events)[0] == ("run_resumed", None, "1 steps recovered")
+        assert _told(events)[0] == ("run_resumed", None, "1 step recovered")
         assert _told(events)[-1] == ("run_ended", None, "completed")
 
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -16,8 +17,10 @@ import pytest
 
 from framework.storage.backend import FileStorage, Storage
 from framework.storage.memory import MemoryStorage
+from framework.storage.postgres import PostgresStorage
 from framework.storage.sqlite import SQLiteStorage
 from framework.testing import StorageUnderTest
+from tests.postgres_server import PostgresServer
 
 Clock = Callable[[], float]
 CORE = Path(__file__).parents[2]
@@ -52,17 +55,42 @@ def make_files(folder: Path) -> StorageUnderTest:
     return StorageUnderTest(new, again)
 
 
-@pytest.fixture(params=[make_memory, make_sqlite, make_files], ids=["memory", "sqlite", "files"])
-def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StorageUnderTest]:
+def make_postgres(database: str) -> StorageUnderTest:
+    """Stores in one database, each in a schema of its own."""
+
+    def new(clock: Clock | None = None) -> Storage:
+        return PostgresStorage(f"{database}?schema=t_{uuid.uuid4().hex}", clock=clock)
+
+    def again(store: PostgresStorage, clock: Clock | None = None) -> Storage:
+        store.close()
+        return PostgresStorage(store.url, clock=clock)
+
+    return StorageUnderTest(new, again)
+
+
+def make(name: str, request: pytest.FixtureRequest) -> StorageUnderTest:
+    """The backend of this name."""
+    if name == "postgresql":
+        # Asked for by name, so that the other backends' tests start no server.
+        server: PostgresServer = request.getfixturevalue("postgres")
+        # A store's URL leaves the password out; whoever opens it, here or in another process, finds it there.
+        request.getfixturevalue("monkeypatch").setenv("PGPASSWORD", server.password)
+        return make_postgres(request.getfixturevalue("postgres_database"))
+    makers = {"memory": make_memory, "sqlite": make_sqlite, "files": make_files}
+    return makers[name](request.getfixturevalue("tmp_path"))
+
+
+@pytest.fixture(params=["memory", "sqlite", "files", "postgresql"])
+def backend(request: pytest.FixtureRequest) -> Iterator[StorageUnderTest]:
     """Every backend in turn."""
-    with request.param(tmp_path) as subject:
+    with make(request.param, request) as subject:
         yield subject
 
 
-@pytest.fixture(params=[make_sqlite, make_files], ids=["sqlite", "files"])
-def durable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StorageUnderTest]:
+@pytest.fixture(params=["sqlite", "files", "postgresql"])
+def durable(request: pytest.FixtureRequest) -> Iterator[StorageUnderTest]:
     """Every backend that outlives its process."""
-    with request.param(tmp_path) as subject:
+    with make(request.param, request) as subject:
         yield subject
 
 

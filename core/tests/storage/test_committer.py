@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
@@ -12,11 +13,11 @@ from typing import Any, Protocol
 
 import pytest
 
-from framework.errors import CommitConflict, LeaseLost, RunNotFound, StorageError
+from framework.errors import CommitConflict, LeaseLost, RunError, RunNotFound, StorageError
 from framework.storage import committer as module
+from framework.storage import heartbeat
 from framework.storage.committer import MAX_BATCH, Committer, committer_of
 from framework.storage.contract import commit, journal, new_run
-from framework.storage.interface import Storage
 from framework.storage.memory import MemoryStorage
 from framework.storage.records import Commit, Message, Write
 
@@ -38,6 +39,7 @@ class Watched(MemoryStorage):
         self.gate = threading.Event()
         self.gate.set()
         self.renewed = threading.Semaphore(0)
+        self.renewals: list[list[tuple[str, int]]] = []
         self.fail: Exception | None = None
 
     def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
@@ -48,11 +50,12 @@ class Watched(MemoryStorage):
             raise self.fail
         return super().commit(commits)
 
-    def renew_lease(self, run_id: str, token: int, lease_seconds: float) -> None:
+    def renew_leases(self, leases: Sequence[tuple[str, int]], lease_seconds: float) -> list[RunError | None]:
         try:
             if self.fail is not None:
                 raise self.fail
-            super().renew_lease(run_id, token, lease_seconds)
+            self.renewals.append(list(leases))
+            return super().renew_leases(leases, lease_seconds)
         finally:
             self.renewed.release()
 
@@ -219,22 +222,22 @@ async def test_the_event_loop_is_not_blocked(store: Watched) -> None:
 def test_leases_are_renewed_until_dropped(store: Watched) -> None:
     committer = committer_of(store)
     before = store.find_run("run_0")
-    committer.hold("run_0", 1, 0.03)
+    committer.heartbeat.hold("run_0", 1, 0.03)
     for _ in range(4):
         assert store.renewed.acquire(timeout=SOON)
     assert before is not None
     after = done(committer.call(lambda storage: storage.find_run("run_0")))
     assert after.lease_until != before.lease_until
-    committer.drop("run_0", 7)
-    assert committer._leases, "only its own token drops a lease"
-    committer.drop("run_0", 1)
-    committer.drop("run_0", 1)
-    assert not committer._leases
+    committer.heartbeat.drop("run_0", 7)
+    assert committer.heartbeat.held, "only its own token drops a lease"
+    committer.heartbeat.drop("run_0", 1)
+    committer.heartbeat.drop("run_0", 1)
+    assert not committer.heartbeat.held
 
 
 def test_leases_are_renewed_between_commits(store: Watched) -> None:
     committer = committer_of(store)
-    committer.hold("run_0", 1, 0.003)
+    committer.heartbeat.hold("run_0", 1, 0.003)
     sequence = 0
     while not store.renewed.acquire(blocking=False):
         sequence += 1
@@ -243,12 +246,12 @@ def test_leases_are_renewed_between_commits(store: Watched) -> None:
 
 def test_a_lost_lease_is_given_up(store: Watched) -> None:
     committer = committer_of(store)
-    committer.hold("run_0", 1, 0.03)
+    lost: Future[RunError] = Future()
     store.release_lease("run_0", 1)
     store.claim_run("run_0", "other", 60)
-    assert store.renewed.acquire(timeout=SOON)
-    done(committer.call(Storage.get_stats))  # behind the renewal
-    assert not committer._leases
+    committer.heartbeat.hold("run_0", 1, 0.03, on_lost=lost.set_result)
+    assert isinstance(done(lost), LeaseLost)
+    assert not committer.heartbeat.held
     with pytest.raises(LeaseLost):
         done(committer.commit(commit(1, "run_0", 1)))
 
@@ -257,23 +260,71 @@ def test_a_closed_store_has_no_leases() -> None:
     store = Watched()
     store.open_run(new_run(), "me", 60)
     committer = committer_of(store)
-    committer.hold("run_1", 1, 0.03)
+    committer.heartbeat.hold("run_1", 1, 0.03)
     assert store.renewed.acquire(timeout=SOON)
     store.close()
     with pytest.raises(StorageError, match="closed"):
         done(committer.commit(commit(1, token=1)))
-    assert not committer._leases
+    deadline = time.monotonic() + SOON
+    while committer.heartbeat.held:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_a_renewal_that_fails_is_tried_again(store: Watched) -> None:
     committer = committer_of(store)
     store.fail = StorageError("locked")
-    committer.hold("run_0", 1, 0.03)
+    committer.heartbeat.hold("run_0", 1, 0.03)
     assert store.renewed.acquire(timeout=SOON)
     store.fail = None
     for _ in range(2):
         assert store.renewed.acquire(timeout=SOON)
-    assert committer._leases
+    assert committer.heartbeat.held
+
+
+def test_a_thousand_leases_are_renewed_together_by_one_thread() -> None:
+    with Watched() as store:
+        run_ids = [f"many_{number}" for number in range(1000)]
+        for run_id in run_ids:
+            store.open_run(new_run(run_id), "me", 60)
+        before = threading.active_count()
+        beat = committer_of(store).heartbeat
+        past = time.monotonic() - 30
+        for run_id in run_ids:
+            beat.hold(run_id, 1, 60, since=past)
+        assert threading.active_count() == before + 1
+        seen: set[str] = set()
+        while len(seen) < 1000:
+            assert store.renewed.acquire(timeout=SOON)
+            seen.update(run_id for renewal in store.renewals for run_id, _ in renewal)
+        assert len(store.renewals) <= 20, "they come together"
+        for run_id in run_ids:
+            beat.drop(run_id, 1)
+
+
+def test_a_lease_is_assured_from_before_it_was_asked_for_until_its_time(store: Watched) -> None:
+    beat = committer_of(store).heartbeat
+    store.fail = StorageError("away")
+    beat.hold("run_0", 1, 60, since=time.monotonic() - 60)
+    assert not beat.is_assured("run_0", 1)
+    assert store.renewed.acquire(timeout=SOON)
+    assert not beat.is_assured("run_0", 1), "a renewal that failed assures nothing"
+    beat.hold("run_1", 1, 60)
+    assert beat.is_assured("run_1", 1)
+    assert not beat.is_assured("run_1", 2)
+    assert not beat.is_assured("run_2", 1)
+
+
+def test_renewals_do_not_wait_for_a_call_that_takes_long(store: Watched) -> None:
+    committer = committer_of(store)
+    gate = threading.Event()
+    long = committer.call(lambda storage: gate.wait(SOON))
+    committer.heartbeat.hold("run_0", 1, 0.03)
+    for _ in range(3):
+        assert store.renewed.acquire(timeout=SOON)
+    assert not long.done()
+    gate.set()
+    assert done(long)
 
 
 # --- the thread -----------------------------------------------------------------------------------------------------
@@ -326,14 +377,14 @@ def test_a_forked_child_has_a_committer_of_its_own(python: Python) -> None:
         for run_id in ("parent", "child"):
             store.open_run(new_run(run_id), "me", 60)
         committer = committer_of(store)
-        committer.hold("parent", 1, 60)
+        committer.heartbeat.hold("parent", 1, 60)
         started, gate = threading.Event(), threading.Event()
         committer.call(lambda storage: (started.set(), gate.wait()))
         started.wait()
         queued = committer.commit(commit(1, "parent", 1))
         child = os.fork()
         if not child:
-            assert not committer._queue and not committer._leases
+            assert not committer._queue and not committer.heartbeat.held
             committer_of(store).commit(commit(1, "child", 1)).result(20)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
@@ -360,12 +411,12 @@ class Told:
 
 
 def test_messages_to_held_runs_are_told_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(heartbeat, "LOOK_SECONDS", 0.01)
     with MemoryStorage() as store:
         told, other = Told(), Told()
         for run_id, who in (("run_1", told), ("run_2", other)):
             record = store.open_run(new_run(run_id), "me", 60)
-            committer_of(store).hold(run_id, record.token, 60, who)
+            committer_of(store).heartbeat.hold(run_id, record.token, 60, who)
         store.open_run(new_run("run_3"))
         store.send("run_3", "nobody holds it", b"")
         store.send("run_1", "first", b"")
@@ -373,7 +424,7 @@ def test_messages_to_held_runs_are_told_and_no_others(monkeypatch: pytest.Monkey
         store.send("run_1", "second", b"")
         assert told.once.acquire(timeout=SOON)
         assert told.heard == [["first"], ["first", "second"]]
-        committer_of(store).drop("run_1", 1)
+        committer_of(store).heartbeat.drop("run_1", 1)
         store.send("run_1", "third", b"")
         store.send("run_2", "last", b"")
         assert other.once.acquire(timeout=SOON)
@@ -382,7 +433,7 @@ def test_messages_to_held_runs_are_told_and_no_others(monkeypatch: pytest.Monkey
 
 
 def test_a_look_that_fails_is_repeated(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(heartbeat, "LOOK_SECONDS", 0.01)
 
     class Shaky(MemoryStorage):
         failures = 2
@@ -397,7 +448,7 @@ def test_a_look_that_fails_is_repeated(monkeypatch: pytest.MonkeyPatch, caplog: 
         told = Told()
         record = store.open_run(new_run(), "me", 60)
         store.send("run_1", "before it was held", b"")
-        committer_of(store).hold("run_1", record.token, 60, told)
+        committer_of(store).heartbeat.hold("run_1", record.token, 60, told)
         assert told.once.acquire(timeout=SOON)
         assert told.heard == [["before it was held"]]
         assert "will try again" in caplog.text

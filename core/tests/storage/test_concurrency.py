@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Protocol
-
-import pytest
 
 from framework.storage import codec
 from framework.storage.backend import FileStorage, Storage
 from framework.storage.checkpoints import format_digest
 from framework.storage.chunks import Chunk, chain, diff
 from framework.storage.contract import accept, commit, new_run
+from framework.storage.postgres import PostgresStorage
 from framework.storage.records import Damage, Retention
 from framework.storage.sqlite import SQLiteStorage
 from framework.testing import StorageUnderTest
@@ -26,6 +24,8 @@ class Python(Protocol):
 def second_handle(store: Storage) -> Storage:
     if isinstance(store, SQLiteStorage):
         return SQLiteStorage(store.path)
+    if isinstance(store, PostgresStorage):
+        return PostgresStorage(store.url)
     assert isinstance(store, FileStorage)
     return FileStorage(store.base_path)
 
@@ -77,14 +77,12 @@ def test_a_reader_never_takes_retention_for_damage(durable: StorageUnderTest) ->
 
 PROGRAM = """
     import sys
-    from pathlib import Path
     from framework.errors import RunBusy
     from framework.schemas.checkpoint import Checkpoint
-    from framework.storage.backend import FileStorage
-    from framework.storage.sqlite import SQLiteStorage
+    from framework.storage.backend import open_storage
 
-    name, path, action, worker = sys.argv[1:]
-    with (SQLiteStorage if name == "sqlite" else FileStorage)(path) as store:
+    url, action, worker = sys.argv[1:]
+    with open_storage(url) as store:
         if action == "claim":
             won = 0
             for number in range(10):
@@ -103,33 +101,27 @@ PROGRAM = """
 """
 
 
-@pytest.mark.parametrize("name", ["sqlite", "files"])
-def test_of_processes_that_claim_one_wins(name: str, tmp_path: Path, python: Python) -> None:
-    path = tmp_path / "store"
-    store: Storage = SQLiteStorage(path) if name == "sqlite" else FileStorage(path)
-    with store:
-        for number in range(10):
-            store.open_run(new_run(f"run_{number}"), "dead", 0)
-        with ThreadPoolExecutor(3) as pool:
-            won = list(pool.map(lambda worker: int(python(PROGRAM, name, path, "claim", worker)), range(3)))
-        assert sum(won) == 10
-        assert {record.token for record in store.list_runs()} == {2}
+def test_of_processes_that_claim_one_wins(durable: StorageUnderTest, python: Python) -> None:
+    store = durable.new()
+    for number in range(10):
+        store.open_run(new_run(f"run_{number}"), "dead", 0)
+    with ThreadPoolExecutor(3) as pool:
+        won = list(pool.map(lambda worker: int(python(PROGRAM, store.url, "claim", worker)), range(3)))
+    assert sum(won) == 10
+    assert {record.token for record in store.list_runs()} == {2}
 
 
-@pytest.mark.parametrize("name", ["sqlite", "files"])
-def test_processes_that_save_lose_nothing(name: str, tmp_path: Path, python: Python) -> None:
-    path = tmp_path / "store"
+def test_processes_that_save_lose_nothing(durable: StorageUnderTest, python: Python) -> None:
+    store = durable.new()
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda worker: python(PROGRAM, name, path, "save", worker), range(2)))
-    store: Storage = SQLiteStorage(path) if name == "sqlite" else FileStorage(path)
-    with store:
-        assert len(store.list_checkpoints("shared")) == 16
-        for worker in range(2):
-            for number in range(8):
-                loaded = store.load_checkpoint("shared", f"c_{worker}_{number}")
-                assert loaded is not None
-                assert loaded.memory_snapshot == {f"k{worker}": [number]}
-        assert store.verify().ok
+        list(pool.map(lambda worker: python(PROGRAM, store.url, "save", worker), range(2)))
+    assert len(store.list_checkpoints("shared")) == 16
+    for worker in range(2):
+        for number in range(8):
+            loaded = store.load_checkpoint("shared", f"c_{worker}_{number}")
+            assert loaded is not None
+            assert loaded.memory_snapshot == {f"k{worker}": [number]}
+    assert store.verify().ok
 
 
 def test_threads_share_a_store(durable: StorageUnderTest) -> None:

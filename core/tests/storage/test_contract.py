@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 
 from framework.errors import MessageRefused
+from framework.schemas.run import RunState
 from framework.storage.backend import FileStorage, Storage, open_storage
 from framework.storage.chunks import Chunk
+from framework.storage.interface import Rewrite
 from framework.storage.memory import MemoryStorage
 from framework.storage.records import NO_TOKEN, Commit, Damage, JournalRow, NewRun, Retention, RunRecord, Write
+from framework.storage.retention_records import Retired
 from framework.storage.sqlite import SQLiteStorage
 from framework.testing import Check, StorageUnderTest, check_storage, storage_checks
 
@@ -58,8 +61,10 @@ class TakesAnAnswerTwice(MemoryStorage):
 
 
 class ForksWithoutTheInput(MemoryStorage):
-    def fork_run(self, run_id: str, sequence: int, header: bytes, first: Commit) -> RunRecord:
-        record = super().fork_run(run_id, sequence, header, first)
+    def fork_run(
+        self, run_id: str, sequence: int, header: bytes, first: Commit, rewrite: Rewrite | None = None
+    ) -> RunRecord:
+        record = super().fork_run(run_id, sequence, header, first, rewrite)
         self._db.execute(
             "DELETE FROM chunks WHERE sequence = 0 AND run_pk = (SELECT pk FROM runs WHERE run_id = ?)", (first.run_id,)
         )
@@ -100,9 +105,45 @@ class NeverForgetsTheTime(MemoryStorage):
         return sorted(super().list_due(1e15, limit), key=lambda record: record.wake_at or 0)
 
 
+class ListsAnyRunWithMessages(MemoryStorage):
+    def list_messaged(self, limit: int = 100, after: str = "") -> list[RunRecord]:
+        runs = [run for run in self.find_runs("", 1_000) if run.run_id > after and self.read_messages(run.run_id)]
+        return runs[:limit]
+
+
+class PagesFromTheStart(MemoryStorage):
+    def list_messaged(self, limit: int = 100, after: str = "") -> list[RunRecord]:
+        return [run for run in super().list_messaged(limit) if run.run_id > after]
+
+
+class RemovesWhatChanged(MemoryStorage):
+    def retire_runs(
+        self, runs: Sequence[RunRecord], states: Sequence[RunState], seconds: float = 0.004, *, dry_run: bool = False
+    ) -> list[Retired]:
+        now = [self.find_run(run.run_id) or run for run in runs]
+        return super().retire_runs(now, states, seconds, dry_run=dry_run)
+
+
+class ForgetsPinsAtCommits(MemoryStorage):
+    def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
+        self._db.execute("DELETE FROM pins WHERE sequence > 0")
+        return super().commit(commits)
+
+
+class LeavesPartsBehind(MemoryStorage):
+    def purge(self, seconds: float = 0.004) -> bool:
+        self._db.execute("DELETE FROM retired")
+        return False
+
+
 @pytest.mark.parametrize(
     ("broken", "noticed_by"),
     [
+        (RemovesWhatChanged, "active_runs_are_never_retired"),
+        (ForgetsPinsAtCommits, "pinned_checkpoints_outlive_retention"),
+        (LeavesPartsBehind, "room_is_given_back"),
+        (ListsAnyRunWithMessages, "runs_with_messages_come_and_go"),
+        (PagesFromTheStart, "paused_runs_with_messages_are_listed"),
         (KeepsTheJournal, "rows_go_with_the_commit_of_their_step"),
         (WritesTheJournalFirst, "batches_mix_commits_and_journals"),
         (MixesUpSteps, "journal_keys_are_checked"),

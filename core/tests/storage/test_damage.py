@@ -16,7 +16,8 @@ from framework.schemas.run import Run
 from framework.storage import codec
 from framework.storage.backend import FileStorage, Storage
 from framework.storage.contract import Writer, accept, journal, new_run
-from framework.storage.records import JournalRow, LogRow, Retention, RunRecord
+from framework.storage.postgres import PostgresStorage
+from framework.storage.records import Damage, JournalRow, LogRow, Retention, RunRecord
 from framework.storage.sqlite import SQLiteStorage
 from framework.testing import StorageUnderTest
 
@@ -249,6 +250,8 @@ def test_a_path_with_a_damaged_step_is_told(durable: StorageUnderTest) -> None:
         writer.write({"a": number}, retention=Retention(1))
     if isinstance(store, SQLiteStorage):
         store._db.execute("UPDATE steps SET crc = 0 WHERE sequence = 2")
+    elif isinstance(store, PostgresStorage):
+        store._database.query("damage it", "UPDATE {schema}.steps SET crc = 0 WHERE sequence = 2 RETURNING 1")
     else:
         assert isinstance(store, FileStorage)
         (store.base_path / "history/run_1/2.json").write_text("torn")
@@ -339,3 +342,60 @@ def test_a_damaged_message_is_reported_and_hides_no_other(kind: str, tmp_path: P
         assert "checksum" in found.problem
         with pytest.raises(MessageRefused):
             store.send("run_1", "two", b"another")
+
+
+def damage_of(store: Storage, step: str | None = None) -> list[Damage]:
+    found: list[Damage] = []
+    store.read_journal("run_1", step, found.append)
+    return found
+
+
+@pytest.mark.parametrize("kind", sorted(OPENERS))
+def test_no_flipped_bit_takes_a_journal_row_away_untold(kind: str, tmp_path: Path) -> None:
+    """Bits of a stored row, one after another: either the row is as it was, or damage is told, with the row's key."""
+    with OPENERS[kind](tmp_path / "store") as store:
+        store.open_run(new_run())
+        accept(store, journal(("node:2", 7, b'{"intent": "send"}')), journal(("other", 7, b"{}")))
+        before = store.read_journal("run_1")
+        if isinstance(store, SQLiteStorage):
+            store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            path, key, row_bytes = store.path, b'node:2\x07{"intent"', len(b'node:2\x07{"intent": "send"}') + 4
+        else:
+            path, key, row_bytes = tmp_path / "store" / "journal" / "run_1" / "1.json", b"", 0
+    whole = path.read_bytes()
+    first = whole.index(key)
+    positions = range(first, first + (row_bytes or len(whole)))
+    named = lost = 0
+    for position in random.Random(5).sample(positions, 25):
+        data = bytearray(whole)
+        data[position] ^= 1 << position % 8
+        path.write_bytes(data)
+        with OPENERS[kind](tmp_path / "store") as store:
+            damage: list[Damage] = []
+            rows = store.read_journal("run_1", on_damage=damage.append)
+            assert [row for row in rows if row in before] == rows, "what was never written is believed"
+            assert before[1] in rows, "another row is hidden"
+            assert (rows == before) == (not damage), "a row vanished without a word"
+            assert [item.run_id for item in damage] in ([], ["run_1"])
+            lost += len(damage)
+            named += [(item.step, item.number) for item in damage] == [("node:2", 7)]
+    assert lost > 15
+    assert named > lost // 3, "most often the key can still be read"
+
+
+def test_a_damaged_file_names_each_of_its_rows(tmp_path: Path) -> None:
+    with FileStorage(tmp_path) as store:
+        store.open_run(new_run())
+        accept(store, journal(("s", 1, b"1"), ("t", 2, b"2")), journal(("u", 3, b"3")))
+        path = tmp_path / "journal" / "run_1" / "1.json"
+        path.write_bytes(path.read_bytes().replace(b'"record": 2', b'"record": 3'))
+        damage: list[Damage] = []
+        assert [row.step for row in store.read_journal("run_1", on_damage=damage.append)] == ["u"]
+        assert [(item.step, item.number, item.where) for item in damage] == [("s", 1, str(path)), ("t", 2, str(path))]
+        damage.clear()
+        assert store.read_journal("run_1", "t", damage.append) == []
+        assert len(damage) == 2
+        path.write_bytes(b"torn")
+        damage.clear()
+        store.read_journal("run_1", "u", damage.append)
+        assert [(item.run_id, item.step, item.number) for item in damage] == [("run_1", None, None)]

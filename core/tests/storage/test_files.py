@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from framework.errors import CorruptData, StoreTooNew
 from framework.schemas.checkpoint import Checkpoint, ExecutorType
 from framework.schemas.run import Run, RunState, RunStatus
-from framework.storage import file_journal
 from framework.storage.chunks import Chunk
 from framework.storage.contract import ODD_IDS, Writer, accept, commit, growing_states, journal, new_run, state_at
 from framework.storage.file_io import dump_checked, file_name, load_checked, show, text_of, unshow, write_atomic
+from framework.storage.file_journal import RunJournal
 from framework.storage.files import FileStorage
 from framework.storage.records import Retention
 
@@ -283,7 +283,7 @@ def test_commits_say_what_of_the_journal_is_left(store: FileStorage, monkeypatch
     store.open_run(new_run(), "me", 60)
     accept(store, journal(("s", 1, b"1"), ("t", 1, b"2"), token=1), journal(("s", 2, b"3"), token=1))
     with monkeypatch.context() as patch:
-        patch.setattr(file_journal, "remove_done", fail_to_remove)
+        patch.setattr(RunJournal, "remove_done", fail_to_remove)
         accept(store, commit(1, token=1, journal_done=["s"]))
     folder = store.base_path / "journal" / "run_1"
     assert len(list(folder.iterdir())) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import struct
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +18,7 @@ from framework.storage import sqlite_schema as schema
 from framework.storage.chunks import Chunk, diff
 from framework.storage.contract import Writer, accept, commit, journal, new_run, state_at
 from framework.storage.memory import MemoryStorage
-from framework.storage.records import Retention
+from framework.storage.records import Retention, RunRecord
 from framework.storage.sqlite import SQLiteStorage
 
 
@@ -129,7 +130,8 @@ def test_asking_what_is_due_reads_an_index(path: Path) -> None:
         store._db.set_trace_callback(None)
         [query] = [statement for statement in asked if "FROM runs" in statement]
         plan = store._db.execute(f"EXPLAIN QUERY PLAN {query}").fetchall()
-        assert [row["detail"] for row in plan] == ["SEARCH runs USING INDEX runs_by_waking (wake_at<?)"]
+        assert plan[0]["detail"] == "SEARCH runs USING INDEX runs_by_waking (wake_at<?)"
+        assert not any("SCAN" in row["detail"] for row in plan)
 
 
 def test_a_journal_does_not_pile_up(path: Path) -> None:
@@ -192,7 +194,7 @@ def test_a_newer_store_is_refused_and_left_alone(path: Path) -> None:
         store.open_run(new_run())
         store._db.execute("UPDATE meta SET value = '99' WHERE name = 'schema_version'")
     before = path.read_bytes()
-    with pytest.raises(StoreTooNew, match=r"schema version 99.*up to 3.*Upgrade"):
+    with pytest.raises(StoreTooNew, match=rf"schema version 99.*up to {schema.SCHEMA_VERSION}\..*Upgrade"):
         SQLiteStorage(path)
     assert path.read_bytes() == before
 
@@ -256,7 +258,7 @@ def test_an_older_store_is_migrated_with_its_data(path: Path) -> None:
         writer.check(store, [1], "after the migration, read by the older code")
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_a_store_of_an_older_version_is_migrated_when_it_is_opened(path: Path, version: int) -> None:
     with closing(schema.connect(path, 5)) as connection:
         schema.migrate(connection, str(path), schema.MIGRATIONS[:version])
@@ -277,6 +279,7 @@ def test_a_store_of_an_older_version_is_migrated_when_it_is_opened(path: Path, v
         assert record is not None
         assert (record.token, record.created_at, record.header, record.wake_at) == (3, 5.0, b"{}", None)
         assert (store.read_messages("run_1"), store.read_journal("run_1"), store.list_due()) == ([], [], [])
+        assert store.list_messaged() == []
         store.send("run_1", "answer", b"42")
         assert [message.body for message in store.read_messages("run_1")] == [b"42"]
         accept(store, journal(("s", 1, b"1")), commit(1, state=RunState.PAUSED, wake_at=7.0))
@@ -288,6 +291,44 @@ def test_a_store_of_an_older_version_is_migrated_when_it_is_opened(path: Path, v
     listing = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name"
     with closing(sqlite3.connect(path)) as migrated, closing(sqlite3.connect(new)) as made:
         assert migrated.execute(listing).fetchall() == made.execute(listing).fetchall()
+
+
+def test_messages_left_before_the_index_of_their_runs_are_in_it(path: Path) -> None:
+    with SQLiteStorage(path) as store:
+        for run_id in ("run_1", "run_2"):
+            store.open_run(new_run(run_id))
+            accept(store, commit(1, run_id, state=RunState.PAUSED))
+        store.send("run_1", "m", b"1")
+    with closing(schema.connect(path, 5)) as connection:
+        connection.execute("DROP INDEX runs_by_message")
+        connection.execute("ALTER TABLE runs DROP COLUMN messaged")
+        for index in ("change", "parent", "definition"):
+            connection.execute(f"DROP INDEX runs_by_{index}")
+        for table in ("pins", "retired"):
+            connection.execute(f"DROP TABLE {table}")
+        connection.execute("ALTER TABLE checkpoints DROP COLUMN at")
+        connection.execute("UPDATE meta SET value = '3' WHERE name = 'schema_version'")
+    with SQLiteStorage(path) as store:
+        assert [run.run_id for run in store.list_messaged()] == ["run_1"]
+
+
+def test_runs_with_messages_are_found_by_an_index_and_pages_are_full(path: Path) -> None:
+    with SQLiteStorage(path) as store:
+        for number in range(6):
+            store.open_run(new_run(f"run_{number}"))
+            accept(store, commit(1, f"run_{number}", state=RunState.PAUSED))
+            if number:
+                store.send(f"run_{number}", "m", b"1")
+        store._db.execute("UPDATE runs SET header_crc = 0 WHERE run_id IN ('run_1', 'run_3')")
+        statements: list[str] = []
+        store._db.set_trace_callback(statements.append)
+        assert [run.run_id for run in store.list_messaged(2)] == ["run_2", "run_4"], "damaged ones take no place"
+        assert [run.run_id for run in store.list_messaged(2, "run_4")] == ["run_5"]
+        store._db.set_trace_callback(None)
+        [query] = {statement for statement in statements if "messaged" in statement and "'run_4'" not in statement}
+        plan = store._db.execute(f"EXPLAIN QUERY PLAN {query}").fetchall()[0]
+        assert "USING INDEX runs_by_message" in plan["detail"]
+        assert "SEARCH" in plan["detail"], "neither all paused runs nor all with messages are read"
 
 
 def test_a_migration_that_fails_changes_nothing(path: Path) -> None:
@@ -407,3 +448,30 @@ def test_memory_storage_is_sqlite(tmp_path: Path) -> None:
         store.open_run(new_run())
         assert store.get_stats() == {"total_runs": 0, "total_goals": 0, "storage_path": "memory://"}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_read_as_it_is_at_one_moment(tmp_path: Path) -> None:
+    """Its state and its last sequence change together, also for who reads while its owner commits and ends it."""
+    path = tmp_path / "runs.db"
+    with SQLiteStorage(path) as owner, SQLiteStorage(path) as other:
+        owner.open_run(new_run(), "me", 60)
+        sequence = 0
+
+        def between(_statement: str) -> None:
+            nonlocal sequence
+            sequence += 1
+            accept(owner, commit(sequence, token=1, state=RunState.PAUSED if sequence % 2 else RunState.RUNNING))
+
+        other._db.set_trace_callback(between)
+        reads: list[Callable[[], RunRecord | None]] = [
+            lambda: other.find_run("run_1"),
+            lambda: other.list_runs()[0],
+            lambda: other.find_runs("run")[0],
+        ]
+        for read in reads:
+            before = sequence
+            found = read()
+            assert found is not None
+            assert sequence > before
+            assert found.state is (RunState.PAUSED if found.sequence % 2 else RunState.RUNNING)
+        other._db.set_trace_callback(None)

@@ -35,6 +35,7 @@ from framework.storage.backend import FileStorage, Storage
 from framework.storage.chunks import Chunk, diff
 from framework.storage.contract import commit, journal, new_run, state_at
 from framework.storage.memory import MemoryStorage
+from framework.storage.postgres import PostgresStorage
 from framework.storage.records import Retention
 from framework.storage.sqlite import SQLiteStorage
 from framework.testing import ManualClock
@@ -129,7 +130,7 @@ class StorageMachine(RuleBasedStateMachine):
             return
         crashed = run.state is RunState.RUNNING
         assert record.state is (RunState.CRASHED if crashed else run.state)
-        run.attempts = run.attempts + 1 if crashed else 0
+        run.attempts = run.attempts + (run.owner is not None) if crashed else 0
         run.owner, run.token, run.lease_until = "claimer", run.token + 1, self.clock.now + seconds
         run.state, run.wake_at = RunState.RUNNING, None  # the error stays until a commit with a state replaces it
         assert (record.token, record.error) == (run.token, run.error)
@@ -182,6 +183,7 @@ class StorageMachine(RuleBasedStateMachine):
         release=st.booleans(),
         replace=st.booleans(),
         log=st.sampled_from([None, b'"logged"']),
+        progress=st.booleans(),
     )
     def commit(
         self,
@@ -195,6 +197,7 @@ class StorageMachine(RuleBasedStateMachine):
         release: bool,
         replace: bool,
         log: bytes | None,
+        progress: bool,
     ) -> None:
         run_id = data.draw(st.sampled_from(sorted(self.runs)))
         run = self.runs[run_id]
@@ -233,6 +236,7 @@ class StorageMachine(RuleBasedStateMachine):
             release=release,
             retention=Retention(keep),
             replaces=None if replaces is None else replaces[0],
+            progress=progress,
         )
         outcome = self.store.commit([one])[0]
         assert (None if outcome is None else type(outcome)) is expected, outcome
@@ -249,6 +253,8 @@ class StorageMachine(RuleBasedStateMachine):
             run.state, run.error, run.wake_at = state, one.error, wake_at
         if release:
             run.owner, run.lease_until = None, 0.0
+        if progress:
+            run.attempts = 0
         run.journal = {key: record for key, record in run.journal.items() if key[0] not in done}
 
     @precondition(lambda self: self.runs)
@@ -403,8 +409,15 @@ class StorageMachine(RuleBasedStateMachine):
             assert store.get_runs_by_goal(goal) == [one for one, found in self.documents.items() if found == goal]
 
 
-def machine(name: str) -> type[StorageMachine]:
+def machine(name: str, request: pytest.FixtureRequest) -> type[StorageMachine]:
     """The state machine on one backend."""
+    if name == "postgresql":
+        database: str = request.getfixturevalue("postgres_database")
+
+        def opener(folder: Path, clock: ManualClock) -> Storage:
+            return PostgresStorage(f"{database}?schema={folder.name.replace('-', '_')}", clock=clock)
+
+        return type(name, (StorageMachine,), {"opener": staticmethod(opener), "durable": True})
     openers: dict[str, Opener] = {
         "memory": lambda folder, clock: MemoryStorage(clock=clock),
         "sqlite": lambda folder, clock: SQLiteStorage(folder / "runs.db", clock=clock),
@@ -413,15 +426,15 @@ def machine(name: str) -> type[StorageMachine]:
     return type(name, (StorageMachine,), {"opener": staticmethod(openers[name]), "durable": name != "memory"})
 
 
-@pytest.mark.parametrize("name", ["memory", "sqlite", "files"])
-def test_store_agrees_with_the_model(name: str) -> None:
+@pytest.mark.parametrize("name", ["memory", "sqlite", "files", "postgresql"])
+def test_store_agrees_with_the_model(name: str, request: pytest.FixtureRequest) -> None:
     few = settings(max_examples=12, stateful_step_count=25, deadline=None, database=None)
-    run_state_machine_as_test(machine(name), settings=few)
+    run_state_machine_as_test(machine(name, request), settings=few)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["memory", "sqlite", "files"])
-def test_store_agrees_with_the_model_at_length(name: str) -> None:
+@pytest.mark.parametrize("name", ["memory", "sqlite", "files", "postgresql"])
+def test_store_agrees_with_the_model_at_length(name: str, request: pytest.FixtureRequest) -> None:
     many = settings(max_examples=250, stateful_step_count=60, deadline=None, database=None)
-    run_state_machine_as_test(machine(name), settings=many)
+    run_state_machine_as_test(machine(name, request), settings=many)

@@ -28,10 +28,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "validate": ("commands_folders", "validate", "Check an agent without running it."),
     "list": ("commands_folders", "list_agents", "List the agents in a folder."),
     "runs": ("commands_runs", "runs", "List, show, watch, answer, cancel, fork and delete runs."),
-    "checkpoints": ("commands_checkpoints", "checkpoints", "List, show, compare, verify and prune checkpoints."),
+    "checkpoints": ("commands_checkpoints", "checkpoints", "List, show, compare, verify, pin and prune checkpoints."),
     "fork": ("forking", "fork", "Start a new run from a checkpoint of another."),
     "shell": ("shell", "shell", "Talk to an agent line by line."),
     "dispatch": ("dispatching", "dispatch", "Give a request to the agent that can handle it."),
+    "storage": ("commands_storage", "storage", "Care for the store: compact it, encrypt it, change its keys."),
     "doctor": ("doctor", "doctor", "Check the installation, the store and the environment."),
 }
 """Each command: its module, the name in it, and its line in the help. Kept here so that ``--help`` imports none."""

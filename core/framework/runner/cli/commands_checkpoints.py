@@ -1,4 +1,4 @@
-"""``surefoot checkpoints``: list, show, compare, verify and prune the checkpoints of runs."""
+"""``surefoot checkpoints``: list, show, compare and verify the checkpoints of runs; pruning and pins are beside."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from typing import Any
 import click
 
 from framework._secrets import mask, mask_value
-from framework.errors import CheckpointNotFound, CorruptData, StorageError, SurefootError
+from framework.errors import CheckpointNotFound, StorageError
 from framework.graph.checkpoint_diff import Change, diff_checkpoints, find_checkpoint, position_in_words, state_at
 from framework.graph.readable import masked_state, plain_json, preview, readable_state, type_of
 from framework.graph.stored_run import readable_body
 from framework.graph.text import text_of
 from framework.runner.cli.app import Group
-from framework.runner.cli.confirming import agreed, consent_options
-from framework.runner.cli.exits import CommandError, Exit, not_found, usage_error
+from framework.runner.cli.exits import Exit, not_found
 from framework.runner.cli.output import Cell, Column, Screen, Styled
+from framework.runner.cli.pinning import pin_checkpoint, unpin_checkpoint
+from framework.runner.cli.pruning import prune
 from framework.runner.cli.settings import Settings
-from framework.runner.cli.stores import all_runs, command_for, find_run, open_store
+from framework.runner.cli.stores import find_run, open_store
 from framework.runner.cli.text import ago, clock_time, counted, timestamp
+from framework.runner.cli.verifying import verify
 from framework.runner.cli.view_screens import heading, state_table, value_text
 from framework.storage.backend import Storage
-from framework.storage.records import CheckpointRow, Damage, Retention
+from framework.storage.records import CheckpointRow, Damage
 
 _STATUS = {"paused": "paused", "failed": "failed", "completed": "completed"}
 _KINDS = {"added": ("+", "green"), "removed": ("-", "red"), "changed": ("~", "yellow"), "appended": (">", "green")}
@@ -34,7 +36,7 @@ _VALUE_CHARS = 200
 
 @click.group("checkpoints", cls=Group)
 def checkpoints() -> None:
-    """List, show, compare, verify and prune the checkpoints of runs.
+    """List, show, compare, verify, pin and prune the checkpoints of runs.
 
     RUN is a run's id, the beginning of exactly one id, or `latest`. A checkpoint is named by its number (0 is the run's
     start), its id, or `latest`.
@@ -54,6 +56,9 @@ def list_checkpoints(settings: Settings, run_id: str) -> int:
         record = find_run(storage, run_id)
         damage: list[Damage] = []
         listed = [_listed(row, damage) for row in storage.read_checkpoint_rows(record.run_id, damage.append)][::-1]
+        pins = {pin.sequence: pin.note for pin in storage.list_pins([record.run_id]) if pin.sequence}
+    for each in listed:
+        each["pinned"] = each["sequence"] in pins
     if screen.json:
         screen.document({"run_id": record.run_id, "checkpoints": listed, "damage": [asdict(each) for each in damage]})
         return Exit.DONE
@@ -70,13 +75,15 @@ def list_checkpoints(settings: Settings, run_id: str) -> int:
         Column("made", right=True, drop=3),
         Column("id", drop=5),
     ]
+    columns[3:3] = [Column("pinned")] if pins else []
     rows: list[list[Cell]] = []
     for each in listed:
         words = str(each["status"]).replace("_", " ")
         status: Cell = words if words == "in progress" else screen.state(_STATUS.get(words, "unknown"), words)
         made = ago(now - datetime.fromisoformat(each["at"]).timestamp()) if each["at"] is not None else ""
         following, tokens = ", ".join(each["next"]), f"{each['tokens']:,}" if each["tokens"] else ""
-        row: list[Cell] = [str(each["sequence"]), each["after"] or "", status, following]
+        mark: list[Cell] = ["yes" if each["pinned"] else ""] if pins else []
+        row: list[Cell] = [str(each["sequence"]), each["after"] or "", status, *mark, following]
         rows.append([*row, str(each["steps"]), tokens, made, each["id"]])
     screen.table(columns, rows)
     for item in damage:
@@ -240,92 +247,11 @@ def _changes_table(screen: Screen, changes: Sequence[Change], *, full: bool) -> 
     screen.table(columns, rows)
 
 
-# --- verify, prune --------------------------------------------------------------------------------------------------
+# --- verify -------------------------------------------------------------------------------------------------------
 
 
-@checkpoints.command("verify", short_help="Read everything and say what is damaged.")
-@click.argument("run_id", metavar="[RUN]", required=False)
-@click.pass_obj
-def verify(settings: Settings, run_id: str | None) -> int:
-    """Read a run, or the whole store, from end to end, and say what is damaged. Changes nothing.
-
-    The exit code is 1 when something is damaged.
-    """
-    screen = settings.screen
-    with open_store(settings) as storage:
-        chosen = _named(storage, run_id) if run_id is not None else None
-        report = storage.verify(chosen)
-        lost = [] if report.ok else _unreadable(storage, {each.run_id for each in report.damage})
-    if screen.json:
-        screen.document({"ok": report.ok, **asdict(report)})
-    else:
-        read = [counted(report.runs, "run"), counted(report.checkpoints, "checkpoint"), counted(report.chunks, "chunk")]
-        words = f"Read {', '.join(read)}: "
-        if report.ok:
-            screen.say(words, Styled("nothing is damaged", "green"), ".")
-        else:
-            screen.say(words, Styled(f"{counted(len(report.damage), 'place')} damaged", "bold red"), ".")
-            rows: list[list[Cell]] = [[each.run_id, each.where, mask(each.problem)] for each in report.damage]
-            screen.table([Column("run", grow=True), Column("where", grow=True), Column("problem", grow=True)], rows)
-            if lost:
-                screen.note(
-                    "The records of these runs cannot be read; restore the store from a backup, or delete them:"
-                )
-                screen.note("  ", command_for(settings, "runs", "delete", *lost), wrap=False)
-            if {each.run_id for each in report.damage} - set(lost):
-                screen.note("`surefoot runs show RUN` says what a resume would do in spite of the damage.")
-    return Exit.DONE if report.ok else Exit.FAILED
+checkpoints.add_command(verify)
 
 
-def _named(storage: Storage, run_id: str) -> str:
-    try:
-        return find_run(storage, run_id).run_id
-    except CorruptData:  # it is damaged: that is what is to be told
-        return run_id
-
-
-def _unreadable(storage: Storage, run_ids: set[str]) -> list[str]:
-    """Those of the runs whose records themselves cannot be read."""
-    found = []
-    for run_id in sorted(run_ids):
-        try:
-            storage.find_run(run_id)
-        except CorruptData:
-            found.append(run_id)
-    return found
-
-
-@checkpoints.command("prune", short_help="Remove old checkpoints.")
-@click.argument("run_id", metavar="[RUN]", required=False)
-@click.option("--all", "everything", is_flag=True, help="All runs of the store.")
-@click.option("--keep", type=click.IntRange(1), required=True, help="How many of a run's newest checkpoints stay.")
-@consent_options
-@click.pass_obj
-def prune(settings: Settings, run_id: str | None, everything: bool, keep: int, yes: bool, dry_run: bool) -> int:
-    """Remove old checkpoints; the newest --keep of each run stay. Runs resume as before, and their log stays whole."""
-    if (run_id is None) == (not everything):
-        raise usage_error("Name a RUN, or choose all of them with --all.")
-    screen = settings.screen
-    with open_store(settings) as storage:
-        ids = [each.run_id for each in all_runs(storage)] if everything else [find_run(storage, str(run_id)).run_id]
-        counts = {each: sum(1 for _ in storage.read_checkpoint_rows(each)) for each in ids}
-        going = {each: count - keep for each, count in counts.items() if count > keep}
-        total, removed, failed = sum(going.values()), 0, list[tuple[str, str]]()
-        words = f"{counted(total, 'checkpoint')} of {counted(len(going), 'run')}"
-        if not going:
-            screen.say(f"There is nothing to prune: no run keeps more than {keep}.")
-        else:
-            screen.say(f"{words} would go; the newest {keep} of each stay.")
-            if agreed(settings, f"Remove {words} for good?", yes=yes, dry_run=dry_run):
-                for each in going:
-                    try:
-                        removed += storage.prune(each, Retention(keep))
-                    except SurefootError as error:
-                        failed.append((each, str(error)))
-                screen.say(f"Removed {counted(removed, 'checkpoint')}.")
-    if screen.json:
-        screen.document({"would_remove": total, "removed": removed, "runs": len(going), "keep": keep})
-    if failed:
-        listing = "; ".join(f"{each}: {problem}" for each, problem in failed)
-        raise CommandError(f"Not all could be pruned: {listing}")
-    return Exit.DONE
+for _command in (prune, pin_checkpoint, unpin_checkpoint):
+    checkpoints.add_command(_command)

@@ -13,6 +13,7 @@ import click
 from framework import __version__
 from framework._secrets import mask_value
 from framework.errors import SurefootError
+from framework.graph.crash_loops import is_given_up
 from framework.graph.edge import GraphSpec
 from framework.graph.run_view import RunView, as_json, export_run, view_run
 from framework.runner.cli.answering import approve, reject
@@ -21,6 +22,7 @@ from framework.runner.cli.deleting import cancel, delete
 from framework.runner.cli.exits import Exit, usage_error
 from framework.runner.cli.forking import ForkOptions, fork_options, fork_run
 from framework.runner.cli.output import Cell, Column, jsonable
+from framework.runner.cli.pinning import as_document, pin_run, unpin_run
 from framework.runner.cli.settings import Settings
 from framework.runner.cli.settling import send, settle
 from framework.runner.cli.stores import command_for, facts_of, find_run, open_store
@@ -37,13 +39,13 @@ _STATES = [state.value for state in RunState]
 
 @click.group("runs", cls=Group)
 def runs() -> None:
-    """List, show, watch, answer, settle, cancel, fork, export and delete runs.
+    """List, show, watch, answer, settle, cancel, fork, export, pin and delete runs.
 
     RUN is a run's id, the beginning of exactly one id, or `latest`.
     """
 
 
-for _command in (approve, reject, send, settle, cancel, delete, watch):
+for _command in (approve, reject, send, settle, cancel, pin_run, unpin_run, delete, watch):
     runs.add_command(_command)
 
 
@@ -67,7 +69,8 @@ def list_runs(settings: Settings, states: tuple[str, ...], agent: str | None, li
         wanted = _matching(storage, [RunState(state) for state in states], agent, start)
         found = [record for _, record in zip(range(limit + 1), wanted, strict=False)]
         page, more = found[:limit], len(found) > limit
-        listed = [_listed(storage, record) for record in page]
+        pinned = {pin.run_id for pin in storage.list_pins([record.run_id for record in page])}
+        listed = [{**_listed(storage, record), "pinned": record.run_id in pinned} for record in page]
     if screen.json:
         screen.document({"runs": mask_value(listed), "next_before": page[-1].run_id if more else None})
         return Exit.DONE
@@ -83,11 +86,15 @@ def list_runs(settings: Settings, states: tuple[str, ...], agent: str | None, li
         Column("changed", right=True, drop=1),
         Column("started", right=True, drop=4),
     ]
+    columns[2:2] = [Column("pinned")] if pinned else []
     rows: list[list[Cell]] = []
     for record, each in zip(page, listed, strict=True):
         steps = "" if each["steps"] is None else str(each["steps"])
         started, changed = ago(now - record.created_at), ago(now - record.updated_at)
-        rows.append([record.run_id, screen.state(each["state"]), each["agent"] or "", steps, changed, started])
+        mark: list[Cell] = ["yes" if each["pinned"] else ""] if pinned else []
+        words = "given up" if each["given_up"] else each["state"]
+        state = screen.state(each["state"], words)
+        rows.append([record.run_id, state, *mark, each["agent"] or "", steps, changed, started])
     screen.table(columns, rows)
     if more:
         filters = [word for state in states for word in ("--state", state)] + (["--agent", agent] if agent else [])
@@ -145,6 +152,8 @@ def _listed(storage: Storage, record: RunRecord) -> dict[str, Any]:
         "created_at": timestamp(record.created_at),
         "updated_at": timestamp(record.updated_at),
         "error": record.error,
+        "recovery_attempts": record.recovery_attempts,
+        "given_up": is_given_up(record),
         "parent_run_id": record.parent_run_id,
     }
 
@@ -176,10 +185,12 @@ def show(settings: Settings, run_id: str, agent: str | None, full: bool) -> int:
     with open_store(settings) as storage:
         record = find_run(storage, run_id)
         view = view_run(storage, record.run_id, definition=_definition_for(settings, record, agent))
+        pins = storage.list_pins([record.run_id])
     if screen.json:
-        screen.document(mask_value({**as_json(view), "next_command": next_command(settings, view)}))
+        document = {**as_json(view), "pins": [as_document(pin) for pin in pins]}
+        screen.document(mask_value({**document, "next_command": next_command(settings, view)}))
     else:
-        show_run(settings, view, full=full)
+        show_run(settings, view, full=full, pins=pins)
     return Exit.DONE
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import click
 
-from framework.errors import CommitConflict, CorruptData, RunBusy
+from framework.errors import CommitConflict, CorruptData, RunBusy, RunPinned
 from framework.graph.checkpoint_manager import CheckpointManager
 from framework.graph.resume_outlook import owner_in_words
 from framework.runner.cli.app import Command
@@ -100,6 +100,7 @@ class _Chosen:
     "-s", "--state", "states", multiple=True, type=click.Choice(_DELETABLE), help="All runs in this state. Repeatable."
 )
 @click.option("--older-than", metavar="AGE", help="All runs that last changed longer ago than AGE: 30d, 12h, 90m.")
+@click.option("--force", is_flag=True, help="Pinned ones, too.")
 @consent_options
 @click.pass_obj
 def delete(
@@ -107,20 +108,21 @@ def delete(
     run_ids: tuple[str, ...],
     states: tuple[str, ...],
     older_than: str | None,
+    force: bool,
     yes: bool,
     dry_run: bool,
 ) -> int:
     """Delete runs for good, with their checkpoints and the runs that are parts of them.
 
-    Name runs, or choose them with --state and --older-than; with both, runs for which both hold. Running ones stay.
-    A damaged run is deleted as well, when its whole id is named.
+    Name runs, or choose them with --state and --older-than; with both, runs for which both hold. Running ones stay, and
+    so do pinned ones without --force. A damaged run is deleted as well, when its whole id is named.
     """
     if run_ids and (states or older_than):
         raise usage_error("Name runs, or choose them with --state and --older-than; not both.")
     if not run_ids and not states and not older_than:
         raise usage_error("Nothing was chosen. Name runs, or choose them with --state or --older-than.")
     with open_store(settings) as storage:
-        chosen = _choose(storage, run_ids, states, age_in_seconds(older_than) if older_than else None)
+        chosen = _choose(storage, run_ids, states, age_in_seconds(older_than) if older_than else None, force=force)
         if not chosen.ids:
             return _nothing(settings, chosen, named=bool(run_ids))
         if not settings.json:
@@ -128,7 +130,7 @@ def delete(
         question = f"Delete {counted(len(chosen.ids), 'run')} for good?"
         done: list[str] = []
         if agreed(settings, question, yes=yes, dry_run=dry_run):
-            done = _delete(storage, chosen)
+            done = _delete(storage, chosen, force=force)
     if settings.json:
         document: dict[str, object] = {
             "deleted": done,
@@ -144,7 +146,9 @@ def delete(
     return Exit.BUSY if run_ids and chosen.staying else Exit.DONE
 
 
-def _choose(storage: Storage, run_ids: Sequence[str], states: Sequence[str], older_than: float | None) -> _Chosen:
+def _choose(
+    storage: Storage, run_ids: Sequence[str], states: Sequence[str], older_than: float | None, *, force: bool = False
+) -> _Chosen:
     everything = list(all_runs(storage))
     unreadable: list[str] = []
     if run_ids:
@@ -174,18 +178,37 @@ def _choose(storage: Storage, run_ids: Sequence[str], states: Sequence[str], old
         grew = bool(new)
     going: list[RunRecord] = []
     staying: list[tuple[str, str]] = []
+    pinned = set() if force else _held_by_pins(storage, [each for each in everything if each.run_id in wanted | parts])
     for record in everything:
         if record.run_id in wanted | parts:
-            if effective_state(record) is RunState.RUNNING:
+            if record.run_id in pinned:
+                staying.append((record.run_id, "it, or a run that it belongs with, is pinned (--force deletes it)"))
+            elif effective_state(record) is RunState.RUNNING:
                 staying.append((record.run_id, "it is running"))
             else:
                 going.append(record)
     return _Chosen(going, parts, staying, list(dict.fromkeys(unreadable)))
 
 
+def _held_by_pins(storage: Storage, chosen: Sequence[RunRecord]) -> set[str]:
+    """Those of the runs that have a pin, or belong with one that has: as whole and part."""
+    held = {pin.run_id for pin in storage.list_pins([each.run_id for each in chosen])}
+    grew = bool(held)
+    while grew:
+        more = {each.run_id for each in chosen if each.parent_run_id in held}
+        more |= {each.parent_run_id for each in chosen if each.run_id in held and each.parent_run_id is not None}
+        grew = not more <= held
+        held |= more
+    return held
+
+
 def _nothing(settings: Settings, chosen: _Chosen, *, named: bool) -> int:
     if named:
         listing = ", ".join(run_id for run_id, _ in chosen.staying)
+        if any("pinned" in why for _, why in chosen.staying):
+            raise CommandError(
+                f"Not deleted, as it is pinned or running: {listing}. --force deletes pinned ones.", Exit.BUSY
+            )
         raise CommandError(f"Running, so not deleted: {listing}. Cancel it first, or wait for it.", Exit.BUSY)
     if settings.json:
         kept = [{"run_id": run_id, "why": why} for run_id, why in chosen.staying]
@@ -210,19 +233,21 @@ def _preview(settings: Settings, chosen: _Chosen) -> None:
         screen.say(Styled(f"and {len(chosen.going) - _SHOWN} more", "bright_black"))
 
 
-def _delete(storage: Storage, chosen: _Chosen) -> list[str]:
+def _delete(storage: Storage, chosen: _Chosen, *, force: bool = False) -> list[str]:
     """Delete what was chosen, parts before their wholes; the ids. What was taken up meanwhile stays."""
-    done = [run_id for run_id in chosen.unreadable if storage.delete_run(run_id)]
+    done = [run_id for run_id in chosen.unreadable if storage.delete_run(run_id, force=force)]
     for record in sorted(chosen.going, key=lambda each: each.run_id not in chosen.parts):
         try:
             try:
-                deleted = storage.delete_run(record.run_id)
+                deleted = storage.delete_run(record.run_id, force=force)
             except RunBusy:
                 # A crashed run whose owner is gone still has its lease: taking it over first gives the lease up.
                 _take_over(storage, record)
-                deleted = storage.delete_run(record.run_id)
+                deleted = storage.delete_run(record.run_id, force=force)
         except (RunBusy, CommitConflict):
             chosen.staying.append((record.run_id, "it has been taken up meanwhile"))
+        except RunPinned:
+            chosen.staying.append((record.run_id, "it has been pinned meanwhile"))
         else:
             if deleted:
                 done.append(record.run_id)

@@ -26,10 +26,15 @@ from framework.runner.cli.app import Command
 from framework.runner.cli.exits import Exit
 from framework.runner.cli.output import Cell, Screen, Styled
 from framework.runner.cli.settings import STORAGE_VARIABLE, Settings
-from framework.runner.cli.stores import file_of, is_default, storage_url
+from framework.runner.cli.stores import all_runs, file_of, is_default, keys_of, storage_url
 from framework.runner.cli.text import ago, counted, shown_url, size
+from framework.runner.cli.verifying import KEEP_LOG
 from framework.schemas.run import RunState
 from framework.storage.backend import Storage, open_storage
+from framework.storage.encryption import EncryptedStorage
+from framework.storage.repair import of_lease
+from framework.storage.sealed import KEY_FILE_VARIABLE, KEYS_VARIABLE
+from framework.storage.sqlite_wal import lost_commits
 
 Verdict = Literal["ok", "off", "warning", "problem"]
 
@@ -38,6 +43,8 @@ _EXTRAS = {
     "openai": ("openai", "models of OpenAI and of endpoints like it"),
     "litellm": ("litellm", "models of other vendors"),
     "mcp": ("mcp", "tools of MCP servers"),
+    "postgres": ("psycopg", "runs in PostgreSQL"),
+    "encryption": ("cryptography", "runs encrypted in their store"),
     "sandbox": ("pydantic-monty", "code_execution steps of plans"),
 }
 """Each extra: the distribution that it brings, and what for."""
@@ -148,10 +155,16 @@ def _store(settings: Settings, verify: bool | None) -> Iterator[Check]:
         if not os.access(path, os.W_OK) or not os.access(path.parent, os.W_OK):
             yield Check("writing", "problem", f"{path} or its folder cannot be written", "Change its owner or mode.")
             return
+        lost = lost_commits(path)
+        if lost is not None:  # opening it would drop what cannot be read, and with it what could be saved by hand
+            yield Check("log", "problem", lost, KEEP_LOG)
+            return
         yield from _sqlite(path)
     try:
-        with open_storage(url) as storage:
+        with open_storage(url, keys_of(settings)) as storage:
+            yield _encryption(storage)
             yield from _contents(storage)
+            yield from _left_over(storage)
             yield from _verified(storage, verify, path)
     except SurefootError as error:
         yield Check("contents", "problem", mask(str(error)))
@@ -252,12 +265,13 @@ def _sqlite(path: Path) -> Iterator[Check]:
     finally:
         connection.close()
     files = [each for each in (path, Path(f"{path}-wal"), Path(f"{path}-shm")) if each.exists()]
+    closed = [each for each in files if not os.access(each, os.R_OK | os.W_OK)]
+    if closed:
+        yield Check("files", "problem", f"{closed[0]} cannot be read or written", "Change its owner or mode.")
     yield Check("size", "ok", size(sum(each.stat().st_size for each in files)))
 
 
 def _contents(storage: Storage) -> Iterator[Check]:
-    from framework.runner.cli.stores import all_runs  # noqa: PLC0415 - keeps the imports above to what is used twice
-
     counts: dict[str, int] = {}
     newest = 0.0
     for run in all_runs(storage):
@@ -276,6 +290,35 @@ def _contents(storage: Storage) -> Iterator[Check]:
             f"the newest run was written {ago(ahead).removesuffix(' ago')} in the future",
             "This machine's clock went back. Leases last longer than they should until it has caught up.",
         )
+
+
+def _encryption(storage: Storage) -> Check:
+    if not isinstance(storage, EncryptedStorage):
+        return Check("encryption", "off", "none", facts={"keys": []})
+    keys = storage.keys
+    others = f"; to decrypt: {', '.join(keys.ids[:-1])}" if len(keys) > 1 else ""
+    return Check("encryption", "ok", f"AES-256-GCM, key {keys.newest}{others}", facts={"keys": list(keys.ids)})
+
+
+def _left_over(storage: Storage) -> Iterator[Check]:
+    """Leases that nobody can have meant, and what no run needs."""
+    mends = "`surefoot checkpoints verify --repair` mends it, and says what it does."
+    now = time.time()
+    leases = [found for run in all_runs(storage) if (found := of_lease(run, now)) is not None]
+    wrong = [found for found in leases if found.serious]
+    held = sum(found.repair is not None for found in leases)
+    if wrong:
+        advice = mends if wrong[0].repair else wrong[0].advice
+        yield Check("leases", "problem", f"{wrong[0].run_id}: {wrong[0].problem}", advice, {"wrong": len(wrong)})
+    elif held:
+        yield Check("leases", "ok", f"{counted(held, 'run')} held by processes that are gone", facts={"held": held})
+    strays = storage.find_strays()
+    if any(not stray.harmless for stray in strays):
+        first = next(stray for stray in strays if not stray.harmless)
+        yield Check("strays", "problem", f"{first.name}: {first.problem}", mends, {"strays": len(strays)})
+    elif strays:
+        what = f"{counted(len(strays), 'left-over')} of crashes; first {strays[0].name}: {strays[0].problem}"
+        yield Check("strays", "warning", what, mends, {"strays": len(strays)})
 
 
 def _verified(storage: Storage, verify: bool | None, path: Path | None) -> Iterator[Check]:
@@ -308,7 +351,9 @@ def _environment() -> Iterator[Check]:
     for name in _KEYS:
         present = bool(os.environ.get(name))
         yield Check(name, "ok" if present else "off", "set" if present else "not set", facts={"set": present})
-    for name in (STORAGE_VARIABLE, *_OTHERS):
+    if os.environ.get(KEYS_VARIABLE):
+        yield Check(KEYS_VARIABLE, "ok", "set", facts={"set": True})  # its keys are shown nowhere
+    for name in (STORAGE_VARIABLE, KEY_FILE_VARIABLE, *_OTHERS):
         if os.environ.get(name):
             yield Check(name, "ok", _without_password(os.environ[name]))
     now = time.time()

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
 
 from framework._secrets import mask, masked_traceback
 from framework.errors import LeaseLost, RunBusy, SurefootError
-from framework.graph.cancelling import LEFT, cancel_if_asked, lets_go, was_asked_to_stop
+from framework.graph import recovery, stopping
+from framework.graph.cancelling import LET_GO, lets_go, was_asked_to_stop
 from framework.graph.executor import ExecutionResult
-from framework.graph.readable import plain_json
+from framework.graph.recovery import recover_run, recoverable_runs
 from framework.graph.run_events import RunEvent
 from framework.runner.cli.agents import Choices, folder_of, load_agent
 from framework.runner.cli.app import Command
-from framework.runner.cli.exits import CommandError, Exit, message_of
+from framework.runner.cli.exits import CommandError, Exit, message_of, usage_error
 from framework.runner.cli.inputs import agent_folder
 from framework.runner.cli.output import Column, Styled
 from framework.runner.cli.progress import tell_at_once
 from framework.runner.cli.running import EVERY, Stopped, ended_by_agent, run_to_end
 from framework.runner.cli.settings import Settings
-from framework.runner.cli.stores import agent_of, all_runs, command_for, facts_of, is_of_folder, open_store
+from framework.runner.cli.stores import agent_of, command_for, facts_of, is_of_folder, open_store
 from framework.runner.cli.text import counted, shortened
-from framework.runner.runner import MAX_RECOVERY_ATTEMPTS
-from framework.runner.waking import woken_runs
+from framework.runner.recovery import INTERVAL_SECONDS, Worker
 from framework.schemas.checkpoint import CheckpointConfig, ExecutorType
 from framework.schemas.run import RunState
 from framework.storage.backend import Storage
@@ -39,9 +39,10 @@ _TAKEN = "another process took it"
 INTERRUPTED = "interrupted"
 """The outcome of a run that was going on when this process was stopped: the next one takes it up."""
 
-_INTERVAL_SECONDS = 5.0
-_LONGEST_WAIT_SECONDS = 300.0
-"""A run that cannot be taken up is tried again ever less often, but at least this often."""
+_MOST_SHOWN = 1000
+"""With --watch and -o json: the last outcomes, in the one document at the end."""
+
+_NOT_TAKEN_UP = ("busy", "failed", "skipped")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,90 +59,65 @@ class Recovered:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Missed:
-    """A run that could not be taken up: its last commit and owner then, what came of it, how many times in a row, and
-    until when (of the monotonic clock, in seconds) it is left alone."""
-
-    of: tuple[int, int]
-    found: Recovered
-    times: int
-    until: float
-
-
 @dataclass(slots=True)
 class _Recovery:
-    """Looks for crashed runs, and paused ones that can go on, in one store and resumes them, at most ``parallel`` at
-    once."""
+    """Looks for crashed runs, and paused ones that can go on, in one store and resumes them, at most ``concurrency`` at
+    once. ``tell`` hears of each as it ends."""
 
     settings: Settings
     storage: Storage
     folder: Path | None
-    parallel: int
-    interval: float = _INTERVAL_SECONDS
-    missed: dict[str, _Missed] = field(default_factory=dict)
-    """Runs that could not be taken up, by id."""
+    concurrency: int
+    failed: bool = False
+    max_attempts: int | None = None
+    tell: Callable[[Recovered], None] = lambda found: None
 
     def to_resume(self) -> list[RunRecord]:
         """Runs that nobody works on though they are not finished, oldest first, then paused ones that have what they
-        waited for; those that were tried before come last. Parts of others are none, and neither are those that were
-        tried just now."""
-        found = [
-            run
-            for run in all_runs(self.storage, [RunState.CRASHED, RunState.RUNNING])
-            if run.state is RunState.CRASHED and run.parent_run_id is None and self._is_due(run) and self._is_ours(run)
-        ]
-        found.reverse()
-        found += [run for run in woken_runs(self.storage) if self._is_due(run) and self._is_ours(run)]
-        return sorted(found, key=lambda run: run.run_id in self.missed)
+        waited for, then, if asked, failed ones. Parts of others are none."""
+        return recoverable_runs(self.storage, failed=self.failed, is_ours=self.is_ours)
 
-    def _is_due(self, run: RunRecord) -> bool:
-        missed = self.missed.get(run.run_id)
-        return missed is None or missed.of != (run.sequence, run.token) or time.monotonic() >= missed.until
-
-    def _is_ours(self, run: RunRecord) -> bool:
+    def is_ours(self, run: RunRecord) -> bool:
+        """Whether the run is of the agent that was named, if one was."""
         return self.folder is None or is_of_folder(run, self.folder)
 
     def foretell(self, run: RunRecord) -> Recovered:
         """The run as it is, and what would become of it if not resumed."""
         asked = run.state is RunState.CRASHED and was_asked_to_stop(self.storage, run)
-        why = f"{_ASKED}; would be cancelled" if asked else None
-        return Recovered(run.run_id, agent_of(run), run.state.value, error=why)
+        why = f"{_ASKED}; would be cancelled" if asked else run.error if run.state is RunState.FAILED else None
+        return Recovered(run.run_id, agent_of(run), run.state.value, error=mask(why) if why else None)
 
-    async def resume(self, runs: Sequence[RunRecord], tell: Callable[[Recovered], None]) -> list[Recovered]:
-        """Resume ``runs``; ``tell`` hears of each as it ends, but not twice in a row the same of one that could not be
-        taken up. Cancelled, it leaves those under way to the next process, and tells which these are."""
-        free = asyncio.Semaphore(self.parallel)
+    async def resume(self, runs: Sequence[RunRecord]) -> None:
+        """Resume ``runs``. Cancelled, it leaves those under way to the next process, and tells which these are."""
+        free = asyncio.Semaphore(self.concurrency)
 
-        async def one(run: RunRecord) -> Recovered:
+        async def one(run: RunRecord) -> None:
             async with free:
-                try:
-                    found = await self._resume(run)
-                except asyncio.CancelledError:
-                    tell(await asyncio.to_thread(self._left, run))
-                    raise
-            if self._is_news(run, found):
-                tell(found)
-            return found
+                if stopping.is_asked():
+                    raise asyncio.CancelledError(LET_GO)
+                found = await recover_run(self.storage, run, self.execute, CheckpointConfig().lease_seconds)
+                self.tell(self.in_words(run, found))
 
         # Not a TaskGroup: it would cancel the runs without saying why, and they would not be let go.
         tasks = [asyncio.create_task(one(run)) for run in runs]
-        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            ended = await asyncio.gather(*map(asyncio.shield, tasks), return_exceptions=True)
+        except asyncio.CancelledError as error:
+            for task in tasks:
+                task.cancel(*error.args)
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
         for each in ended:
             if isinstance(each, BaseException):
                 raise each
-        return [each for each in ended if isinstance(each, Recovered)]
 
-    def _is_news(self, run: RunRecord, found: Recovered) -> bool:
-        """Note when a run that could not be taken up is tried again; whether there is something to say of it."""
-        before = self.missed.pop(run.run_id, None)
-        if found.outcome not in ("busy", "failed", "skipped"):
-            return True
-        of = (run.sequence, run.token)
-        times = before.times + 1 if before is not None and before.of == of else 1
-        wait = min(self.interval * 2 ** min(times - 1, 10), max(_LONGEST_WAIT_SECONDS, self.interval))
-        self.missed[run.run_id] = _Missed(of, found, times, time.monotonic() + wait)
-        return before is None or before.found != found
+    def in_words(self, run: RunRecord, found: recovery.Recovered[Recovered]) -> Recovered:
+        """What came of a run, as it is shown."""
+        if found.result is not None:
+            return found.result
+        errors = {"cancelled": _ASKED, "busy": _TAKEN}
+        said = errors.get(found.outcome, found.error)
+        return Recovered(run.run_id, agent_of(run), found.outcome, error=mask(said) if said else None)
 
     def _left(self, run: RunRecord) -> Recovered:
         """What a stop makes of a run: its last step may have been ending it."""
@@ -150,35 +126,26 @@ class _Recovery:
             return Recovered(run.run_id, agent_of(run), "completed")
         return Recovered(run.run_id, agent_of(run), INTERRUPTED, error="left to the next process")
 
-    async def _resume(self, run: RunRecord) -> Recovered:
+    async def execute(self, run: RunRecord) -> Recovered:
+        """Resume one run with the agent it was started with. Raises ``RunBusy``, ``LeaseLost``, and ``CancelledError``
+        when this command is being stopped, of which it tells."""
         agent = agent_of(run)
-        try:
-            crashed = run.state is RunState.CRASHED
-            if crashed and await asyncio.to_thread(
-                cancel_if_asked, self.storage, run, CheckpointConfig().lease_seconds
-            ):
-                return Recovered(run.run_id, agent, "cancelled", error=_ASKED)
-        except RunBusy:
-            return Recovered(run.run_id, agent, "busy", error=_TAKEN)
-        except SurefootError as error:
-            return Recovered(run.run_id, agent, "failed", error=mask(message_of(error)))
         if run.executor_type != ExecutorType.GRAPH.value:
             return Recovered(run.run_id, agent, "skipped", error="executes a plan; its own program resumes it")
         try:
-            if crashed and run.recovery_attempts >= MAX_RECOVERY_ATTEMPTS:
-                crashes = await asyncio.to_thread(self._crashes, run)
-                if crashes > MAX_RECOVERY_ATTEMPTS:
-                    problem = f"ended its process {crashes} times in a row; `surefoot resume` still takes it up"
-                    return Recovered(run.run_id, agent, "skipped", error=problem)
             folder = folder_of(run, str(self.folder) if self.folder is not None else None)
             async with load_agent(self.settings, folder, Choices(), self.storage, facts_of(run)) as runner:
+                manager = runner.checkpoint_manager
+                if self.max_attempts is not None and manager is not None:
+                    limit = {"max_recovery_attempts": self.max_attempts}
+                    manager.config = manager.config.model_copy(update=limit)
                 remove = runner.runtime.add_listener(self._progress(folder.name))
                 try:
                     result = await runner.resume(run.run_id)
                 finally:
                     remove()
         except (RunBusy, LeaseLost):
-            return Recovered(run.run_id, agent, "busy", error=_TAKEN)
+            raise
         except CommandError as error:
             return Recovered(run.run_id, agent, "skipped", error=str(error))
         except SystemExit as error:
@@ -186,6 +153,7 @@ class _Recovery:
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if lets_go(error) or (task is not None and task.cancelling()):
+                self.tell(await asyncio.to_thread(self._left, run))
                 raise
             return Recovered(run.run_id, agent, "failed", error="the agent's own code cancelled the run")
         except Exception as error:
@@ -194,11 +162,6 @@ class _Recovery:
                 self.settings.screen.note(masked_traceback(error).rstrip())
             return Recovered(run.run_id, agent, "failed", error=mask(_said(error)))
         return _ended(run.run_id, agent, result)
-
-    def _crashes(self, run: RunRecord) -> int:
-        """How often the run's process ended in the middle of it, without the times when it was let go."""
-        records = (each for row in self.storage.read_log(run.run_id) for each in plain_json(row.record))
-        return run.recovery_attempts + 1 - sum(1 for each in records if each.get("kind") == LEFT)
 
     def _progress(self, agent: str) -> Callable[[RunEvent], None]:
         """Plain lines, each with its run: several may go on at once."""
@@ -231,23 +194,33 @@ def _ended(run_id: str, agent: str | None, result: ExecutionResult) -> Recovered
 
 @click.command("recover", cls=Command)
 @click.option("--agent", metavar="PATH", help="Only runs of this agent, with its folder as it is here.")
-@click.option("--watch", is_flag=True, help="Keep looking, until Ctrl-C or SIGTERM.")
+@click.option("--watch", is_flag=True, help="Keep looking, until Ctrl-C or SIGTERM: a worker.")
 @click.option(
     "--interval",
     type=click.FloatRange(min=0.1),
-    default=_INTERVAL_SECONDS,
+    default=INTERVAL_SECONDS,
     show_default=True,
     metavar="SECONDS",
-    help="With --watch: how long to wait between two looks.",
+    help="With --watch: how long to wait between two looks, at most.",
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Resume at most N runs (at each look).")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Resume at most N runs, then end.")
 @click.option(
+    "--concurrency",
     "--parallel",
+    "concurrency",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
     metavar="N",
     help="How many runs go on at once.",
+)
+@click.option("--failed", is_flag=True, help="Failed runs as well, but not those that crashed too often.")
+@click.option(
+    "--max-attempts",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="How often in a row a run goes on after its process vanished, with nothing finished in between; then it "
+    "fails. Default: 5.",
 )
 @click.option("--dry-run", is_flag=True, help="Only list the runs that it would take up.")
 @click.pass_obj
@@ -257,30 +230,36 @@ def recover(
     watch: bool,
     interval: float,
     limit: int | None,
-    parallel: int,
+    concurrency: int,
+    failed: bool,
+    max_attempts: int | None,
     dry_run: bool,
 ) -> int:
     """Find the runs whose process died, or that are due, and resume them after their last finished steps.
 
     A paused run is due when its sleep is over, or when it was sent what a node of it waits for. Others that paused,
-    failed or were stopped are left alone: `surefoot resume` goes on with those. One that was asked
-    to stop (`surefoot runs cancel`) before its process died is cancelled instead. A stop of this command (Ctrl-C,
-    SIGTERM) leaves the runs that it has taken up to the next one. Exit code 1 when a run could not be recovered, 3 when
+    and those that were stopped, are left alone: `surefoot resume` goes on with those. One that was asked to stop
+    (`surefoot runs cancel`) before its process died is cancelled instead, and one that has ended its process again and
+    again fails. SIGTERM lets the runs that it has taken up go on to their next commit, within $SUREFOOT_GRACE_SECONDS
+    (5), Ctrl-C does not; either leaves them to the next process. Exit code 1 when a run could not be recovered, 3 when
     one paused.
     """
+    if watch and limit is not None:
+        raise usage_error("--watch looks for ever, --limit ends after N runs: give one of them.")
     folder = agent_folder(agent) if agent is not None else None
     with open_store(settings, create=watch) as storage:
-        recovery = _Recovery(settings, storage, folder, parallel, interval)
+        found = _Recovery(settings, storage, folder, concurrency, failed, max_attempts)
         if dry_run:
-            _show(settings, [recovery.foretell(run) for run in recovery.to_resume()[:limit]])
+            _show(settings, [found.foretell(run) for run in found.to_resume()[:limit]])
             return Exit.DONE
         if watch:
-            return _watch(settings, recovery, agent, limit)
-        runs = recovery.to_resume()[:limit]
+            return _watch(settings, found, agent, interval)
+        runs = found.to_resume()[:limit]
         results: list[Recovered] = []
+        found.tell = results.append
         try:
             with settings.screen.agent_prints_aside():
-                run_to_end(lambda: recovery.resume(runs, results.append), tell_at_once, leaving=EVERY)
+                run_to_end(lambda: found.resume(runs), tell_at_once, leaving=EVERY)
         except Stopped as stop:
             _show(settings, results)
             _tell_stop(settings, stop, results, agent)
@@ -289,31 +268,53 @@ def recover(
         return _code(results)
 
 
-def _watch(settings: Settings, recovery: _Recovery, agent: str | None, limit: int | None) -> int:
+def _watch(settings: Settings, work: _Recovery, agent: str | None, interval: float) -> int:
     screen = settings.screen
-    screen.note(
-        f"Looking for crashed runs, and for those that are due, every {recovery.interval:g} s. Ctrl-C ends this."
-    )
-    seen: list[Recovered] = []
+    kinds = "crashed, due and failed runs" if work.failed else "crashed and due runs"
+    at_once = f", {work.concurrency} at once" if work.concurrency > 1 else ""
+    screen.note(f"Looking for {kinds} every {interval:g} s{at_once}. Ctrl-C ends this.")
+    left: list[Recovered] = []
+    seen: deque[Recovered] = deque(maxlen=_MOST_SHOWN)
+    told: dict[str, Recovered] = {}
 
     def tell(found: Recovered) -> None:
-        if screen.json or found.outcome == INTERRUPTED:
-            seen.append(found)
-        if not screen.json:
-            screen.say(screen.state(found.outcome), f"  {found.run_id}", f"  {found.error}" if found.error else "")
+        if found.outcome == INTERRUPTED:
+            left.append(found)
+        before, told[found.run_id] = told.get(found.run_id), found
+        if found.outcome not in _NOT_TAKEN_UP:
+            del told[found.run_id]
+        elif before == found:
+            return  # the same again of a run that could not be taken up
+        seen.append(found)
+        if not screen.json and found.outcome != "busy":
+            more = found.error or f"{counted(found.steps_executed, 'step')}, {found.steps_recovered} kept"
+            screen.say(screen.state(found.outcome), f"  {found.run_id}", Styled(f"  {more}", "bright_black"))
 
-    async def forever() -> None:
-        while True:
-            await recovery.resume((await asyncio.to_thread(recovery.to_resume))[:limit], tell)
-            await asyncio.sleep(recovery.interval)
+    def problem(text: str | None) -> None:
+        if text is None:
+            screen.note("The store answers again.")
+        else:
+            screen.warning(f"{text} Asking again, ever less often, until it answers.")
 
+    work.tell = tell
+    worker = Worker(
+        work.storage,
+        work.execute,
+        concurrency=work.concurrency,
+        interval=interval,
+        failed=work.failed,
+        is_ours=work.is_ours,
+        tell=lambda run, found: tell(work.in_words(run, found)),
+        problem=problem,
+        is_missed=lambda found: (found.result or found).outcome in _NOT_TAKEN_UP,
+    )
     try:
         with screen.agent_prints_aside():
-            run_to_end(forever, tell_at_once, leaving=EVERY)
+            run_to_end(worker.run, tell_at_once, leaving=EVERY)
     except Stopped as stop:
         if screen.json:
             _show(settings, seen)
-        _tell_stop(settings, stop, seen, agent)
+        _tell_stop(settings, stop, left, agent)
         return stop.code
     raise AssertionError("watching ended by itself")
 
@@ -333,7 +334,7 @@ def _tell_stop(settings: Settings, stop: Stopped, results: Sequence[Recovered], 
         screen.note("  ", Styled(command_for(settings, "resume", left[0]), "bold"), wrap=False)
 
 
-def _show(settings: Settings, results: Sequence[Recovered]) -> None:
+def _show(settings: Settings, results: Collection[Recovered]) -> None:
     screen = settings.screen
     if screen.json:
         screen.document({"recovered": [asdict(each) for each in results]})

@@ -12,7 +12,8 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from framework.graph.cancelling import LET_GO
-from framework.runner.cli.exits import CommandError
+from framework.runner.cli.exits import CommandError, usage_error
+from framework.runner.stopping import Watchdog, call_soon, grace_seconds
 
 T = TypeVar("T")
 
@@ -61,13 +62,18 @@ class Loop:
         """Run ``work()`` and return what it returns.
 
         Ctrl-C (SIGINT), SIGTERM and SIGHUP cancel it, those in ``leaving`` with ``LET_GO``: what it is committing is
-        committed and its lease released, then ``Stopped`` is raised. ``on_signal`` is told from within the signal's
-        handler, so it must not write to a buffered stream: a step that is no coroutine may block the loop for long, and
-        the user shall see something.
+        committed and its lease released, then ``Stopped`` is raised. SIGTERM and SIGHUP in ``leaving`` first let runs
+        go on to their next commits, within the grace of ``runner.stopping``, and end even a node that blocks.
+        ``on_signal`` is told from within the signal's handler, so it must not write to a buffered stream: a step that
+        is no coroutine may block the loop for long, and the user shall see something.
         A second signal ends the process where it stands, which is a crash: the finished steps are durable, and the
         next process takes over at once. When ``work`` has its result in spite of the signal, that is returned.
         """
         first: list[int] = []
+        try:
+            grace = grace_seconds()
+        except ValueError as error:
+            raise usage_error(str(error)) from None
         task = self._loop.create_task(_awaited(work))
 
         def stop(number: int, frame: FrameType | None) -> None:
@@ -75,11 +81,22 @@ class Loop:
                 _end_at_once(number)
             first.append(number)
             self._stopped = True
-            on_signal(f"Stopping after the commit under way ({_NAMES[signal.Signals(number)]}); again to end at once.")
-            self._loop.call_soon_threadsafe(task.cancel, LET_GO if number in leaving else None)
+            name = _NAMES[signal.Signals(number)]
+            if number not in leaving or number not in ENDINGS or watchdog is None:
+                on_signal(f"Stopping after the commit under way ({name}); again to end at once.")
+                self._loop.call_soon_threadsafe(task.cancel, LET_GO if number in leaving else None)
+                return
+            on_signal(f"Stopping at the next commit, within {grace:g} s ({name}); again to end at once.")
+            watchdog.ask()
 
         before: dict[int, Any] = {}
+        watchdog: Watchdog | None = None
         if threading.current_thread() is threading.main_thread():
+            watchdog = Watchdog(
+                grace,
+                cut=lambda: call_soon(self._loop, lambda: task.cancel(LET_GO)),
+                end=lambda: _end_at_once(first[0]),
+            )
             before = {number: signal.signal(number, stop) for number in _SIGNALS if not _ignored(number)}
         try:
             return self._until_complete(task)
@@ -93,6 +110,8 @@ class Loop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            if watchdog is not None:
+                watchdog.close()
 
     def _until_complete(self, task: asyncio.Task[T]) -> T:
         while True:

@@ -25,6 +25,8 @@ class Settings:
 
     storage: str | None = None
     """The storage URL given with ``--storage``; ``stores.storage_url`` fills in the rest."""
+    key_file: str | None = None
+    """The file of encryption keys given with ``--key-file``; ``stores.keys_of`` fills in the rest."""
     output: str = "table"
     no_color: bool = False
     verbose: bool = False
@@ -76,6 +78,13 @@ def global_options() -> list[click.Option]:
             metavar="URL",
             help=f"Where runs are kept, such as sqlite:///runs.db. Default: ${STORAGE_VARIABLE}, else runs.db in the "
             "user's data directory.",
+            **common,
+        ),
+        click.Option(
+            ["--key-file"],
+            metavar="FILE",
+            help="The keys of a store whose content is encrypted. Default: $SUREFOOT_ENCRYPTION_KEYS, else the file "
+            "that $SUREFOOT_ENCRYPTION_KEY_FILE names.",
             **common,
         ),
         click.Option(

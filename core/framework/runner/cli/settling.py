@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from framework.graph.checkpoint_manager import CheckpointManager
+from framework.graph.journal_slots import QUESTION
 from framework.runner.cli.app import Command
 from framework.runner.cli.exits import CommandError, Exit, not_found, usage_error
 from framework.runner.cli.settings import Settings
@@ -40,7 +41,8 @@ def settle(settings: Settings, run_id: str, call: str, done: str | None, redo: b
             unknown = [each.id for each in calls.values() if each.state in ("unknown", "running")]
             listing = f"Those with an unknown effect: {', '.join(unknown)}." if unknown else "No effect is unknown."
             raise not_found(f"Run {record.run_id!r} has no recorded call {call!r} in flight. {listing}")
-        _refuse_running(record)
+        if calls[call].state != "unknown":
+            _refuse_running(record)
         manager.settle(record.run_id, call, **given)
     action = next(name for name, each in given.items() if name == "done" or each)
     _tell(settings, record.run_id, {"call": call, "action": action}, f"{call} is settled: {action}.")
@@ -49,21 +51,36 @@ def settle(settings: Settings, run_id: str, call: str, done: str | None, redo: b
     return Exit.DONE
 
 
-@click.command("send", cls=Command, short_help="Give a run the value that a node of it waits for.")
+@click.command(
+    "send",
+    cls=Command,
+    short_help="Give a run the value that a node of it waits for.",
+    context_settings={"ignore_unknown_options": True},  # -4 is a value
+)
 @click.argument("run_id", metavar="RUN")
 @click.argument("name")
 @click.argument("value", metavar="JSON")
+@click.option(
+    "--occurrence",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Which of the run's waits for this signal is meant, begun or yet to come; the first that is open.",
+)
 @click.pass_obj
-def send(settings: Settings, run_id: str, name: str, value: str) -> int:
+def send(settings: Settings, run_id: str, name: str, value: str, occurrence: int | None) -> int:
     """Give a run a value: NAME is that of a signal, or the id of a question, as `runs show` names it.
 
-    A signal may come before the run waits for it. The first value counts; `surefoot resume` or `surefoot recover` goes
-    on with it.
+    A signal may come before the run's first wait for it. Each wait takes one value, the first; one that comes too late
+    is refused. `surefoot resume` or `surefoot recover` goes on with it.
     """
     given = _value(value, "JSON")
+    if not name:
+        raise usage_error("NAME is empty; it is that of a signal, or the id of a question.")
+    if occurrence is not None and QUESTION.search(name):
+        raise usage_error("--occurrence is of signals; a question is answered by its id alone.")
     with open_store(settings) as storage:
         record = find_run(storage, run_id, latest=(*RESUMABLE, RunState.RUNNING))
-        CheckpointManager(storage).send(record.run_id, name, given)
+        CheckpointManager(storage).send(record.run_id, name, given, occurrence=occurrence)
     _tell(settings, record.run_id, {"name": name}, f"{name} was sent.", running=record.state is RunState.RUNNING)
     return Exit.DONE
 

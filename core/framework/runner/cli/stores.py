@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from framework.errors import RunNotFound, SurefootError
@@ -19,6 +19,11 @@ from framework.schemas.run import RunState
 from framework.storage.backend import Storage, open_storage
 from framework.storage.ownership import is_alive
 from framework.storage.records import RunRecord
+from framework.storage.sealed import KEY_FILE_VARIABLE as KEY_FILE
+from framework.storage.sealed import KEYS_VARIABLE as KEYS
+
+if TYPE_CHECKING:
+    from framework.storage.encryption_keys import KeyRing
 
 LATEST = "latest"
 
@@ -72,11 +77,23 @@ def open_store(settings: Settings, *, create: bool = False) -> Storage:
                 f"${STORAGE_VARIABLE}; `surefoot run` makes a store that is not there."
             )
     try:
-        return open_storage(url)
+        return open_storage(url, keys_of(settings))
     except SurefootError as error:
         if shown_url(url) == url:
             raise
         raise CommandError(str(error).replace(url, shown_url(url))) from None
+
+
+def keys_of(settings: Settings) -> KeyRing | None:
+    """The encryption keys of this command: ``--key-file``, else those of the environment; ``None`` without any.
+
+    Raises ``StorageError``.
+    """
+    if not settings.key_file and not any(os.environ.get(name, "").strip() for name in (KEYS, KEY_FILE)):
+        return None
+    from framework.storage.encryption_keys import KeyRing  # noqa: PLC0415 - few stores are encrypted
+
+    return KeyRing.from_file(settings.key_file) if settings.key_file else KeyRing.from_environment()
 
 
 def _make_private(folder: Path) -> None:
@@ -185,4 +202,5 @@ def is_of_folder(record: RunRecord, folder: Path) -> bool:
 def command_for(settings: Settings, *words: str) -> str:
     """A ``surefoot`` command as a user would type it next, with the ``--storage`` of this one."""
     storage = ["--storage", shown_url(settings.storage)] if settings.storage else []
-    return command_line("surefoot", words, storage)
+    keys = ["--key-file", settings.key_file] if settings.key_file else []
+    return command_line("surefoot", words, [*storage, *keys])

@@ -15,6 +15,7 @@ from framework.runner.cli.settings import Settings
 from framework.runner.cli.stores import command_for
 from framework.runner.cli.text import ago, answer_form, clock_time, counted, duration, money, shortened, size
 from framework.schemas.run import RunState
+from framework.storage.retention_records import Pin
 
 _DIM = "bright_black"
 
@@ -86,11 +87,12 @@ def steps_table(screen: Screen, steps: Sequence[StepView], *, is_plan: bool) -> 
     screen.table(columns, rows)
 
 
-def show_run(settings: Settings, view: RunView, *, full: bool) -> None:
+def show_run(settings: Settings, view: RunView, *, full: bool, pins: Sequence[Pin] = ()) -> None:
     """Everything of a run: what it is, its steps, its state, its problems, and what a resume would do."""
     screen = settings.screen
-    screen.say(Styled(view.run_id, "bold"), "  ", screen.state(view.state.value))
-    screen.fields(list(_facts(screen, view, full)))
+    words = "failed, given up after crashing again and again" if view.given_up else view.state.value
+    screen.say(Styled(view.run_id, "bold"), "  ", screen.state(view.state.value, words))
+    screen.fields([*_facts(screen, view, full), *_pins(pins)])
     if view.steps:
         shown = view.steps if full else view.steps[-_MOST_STEPS:]
         hidden = len(view.steps) - len(shown)
@@ -124,7 +126,7 @@ def _facts(screen: Screen, view: RunView, full: bool) -> Iterable[tuple[str, Cel
         asked = "; it was asked to stop" if view.asked_to_stop else ""
         yield "owner", f"{owner_in_words(view.owner)} ({lease}{asked})"
     if view.recovery_attempts:
-        yield "recovered", f"{counted(view.recovery_attempts, 'time')} after a crash"
+        yield "recovered", f"{counted(view.recovery_attempts, 'time')} in a row after a crash, with no progress since"
     if view.forked_from:
         source = view.forked_from
         yield "forked from", f"{source.get('run_id')} at checkpoint {source.get('sequence')}"
@@ -145,6 +147,13 @@ def _facts(screen: Screen, view: RunView, full: bool) -> Iterable[tuple[str, Cel
         text = mask(view.error if full else shortened(view.error, 600))
         is_error = view.state in (RunState.FAILED, RunState.CRASHED)
         yield ("error", Styled(text, "red")) if is_error else ("because", text)
+
+
+def _pins(pins: Sequence[Pin]) -> Iterable[tuple[str, Cell]]:
+    for number, pin in enumerate(pins):
+        what = f"checkpoint {pin.sequence}" if pin.sequence else "the run"
+        note = f": {shortened(mask(pin.note), 200)}" if pin.note else ""
+        yield "pinned" if number == 0 else "", f"{what}{note}"
 
 
 def took(milliseconds: int) -> str:
@@ -232,9 +241,12 @@ def waits_in_words(waiting: Waiting) -> str:
         case "sleep":
             return f"{waiting.step}: sleeps{until}"
         case "signal":
-            return f"{waiting.step}: the signal {waiting.name}{until}"
+            which = f" (number {waiting.occurrence})" if waiting.occurrence > 1 else ""
+            return f"{waiting.step}: the signal {waiting.name}{which}{until}"
         case "answer":
-            return f"{waiting.step}: an answer to: {mask(shortened(waiting.question or '', 400))}"
+            text = f"{waiting.step}: an answer to: {mask(shortened(waiting.question or '', 400))}"
+            refused = mask(shortened(waiting.refused, 300)) if waiting.refused else None
+            return f"{text} (the last one was refused: {refused})" if refused else text
         case _:
             return f"{waiting.step}: {waiting.name} to be settled, whose effect is unknown"
 
@@ -245,11 +257,17 @@ def answer_commands(settings: Settings, view: RunView) -> list[str]:
     if view.resume.verdict in ("nothing", "busy", "refused"):
         return []
     waits = [each for each in view.resume.waiting if each.kind in ("signal", "answer") and each.name is not None]
-    sends = [command_for(settings, "runs", "send", view.run_id, each.name or "", "<JSON>") for each in waits]
+    sends = [_send_command(settings, view.run_id, each) for each in waits]
     settles = [
         command_for(settings, "runs", "settle", view.run_id, call, "--done", "<JSON>") for call in view.resume.unknown
     ]
     return sends + settles
+
+
+def _send_command(settings: Settings, run_id: str, waiting: Waiting) -> str:
+    # Said where it could be another wait's: a command that was noted down must not answer the next one.
+    which = ["--occurrence", str(waiting.occurrence)] if waiting.occurrence > 1 else []
+    return command_for(settings, "runs", "send", run_id, waiting.name or "", "<JSON>", *which)
 
 
 _VERDICTS = {"goes_on": "again", "waits": "paused", "nothing": "completed", "busy": "running", "refused": "failed"}
