@@ -127,6 +127,7 @@ class Replay(Generic[Answer]):
         self._came = 0
         self._in_order = True
         self._told = 0
+        self._made = False
         self._arrived: set[int] = set()
         self._inside: dict[int, list[Begun[Answer]]] = {}
         for each in known:
@@ -179,7 +180,7 @@ class Replay(Generic[Answer]):
     def after(self, ended: int) -> int:
         """How many answers a call may know of that begins now, when ``ended`` of the step have been recorded: as long
         as nothing is made, only those that were given out."""
-        return ended if self.live or self.is_over else self._told
+        return ended if self.live or self._made or self.is_over else self._told
 
     # --- lanes --------------------------------------------------------------------------------------------------
 
@@ -241,7 +242,7 @@ class Replay(Generic[Answer]):
                 fits = self.live or call.allowed or first is None or (first is found and self._have_come(found.end))
                 return "answer" if fits or (found.loose and self._follows(found)) else "wait"
             call.found, call.number = None, 0  # dropped while it waited
-        if self.live or self._first() is None or (not call.over and self.holds_answers(call)):
+        if self.live or call.allowed or self._first() is None or (not call.over and self.holds_answers(call)):
             return "make"
         return "wait"
 
@@ -271,7 +272,8 @@ class Replay(Generic[Answer]):
 
     def ended(self, call: Arrival[Answer]) -> None:
         """A call is over. What it came to, if it was made, may change whatever comes now: no answer fits any more."""
-        if call.made:
+        self._made = self._made or call.made
+        if call.made and call.found is None:  # one that was in flight before is nothing that others can have known of
             aged = self._unused.values()
             self._drop((each for each in aged if each.answer is not None and not each.steady), aged=True)
         elif call.is_answered:  # given up while it waited, so its task knows something else now
@@ -281,8 +283,8 @@ class Replay(Generic[Answer]):
         """Nothing more comes by itself: let one of the calls that wait go on, or all.
 
         First the one whose turn it is, from now on without what had only begun before. Then one that only another's
-        answer was to come before, which it did not depend on. If there is none, the step takes another way: from now on
-        calls are made.
+        answer was to come before, which it did not depend on. Then those that were in flight before: no recorded answer
+        can depend on them. If there is none, the step takes another way: from now on calls are made.
         """
         waiting = list(waiting)
         first = self._first()
@@ -294,6 +296,11 @@ class Replay(Generic[Answer]):
         fit = [call for call in held if call.found is not None and self._follows(call.found)]
         if fit:
             min(fit, key=lambda call: call.found.end if call.found is not None else 0).allowed = True
+            return
+        flying = [call for call in waiting if call.found is not None and not call.is_answered and not call.allowed]
+        if flying:
+            for call in flying:
+                call.allowed = True
             return
         self.live = True
         self._drop((call.found for call in held if call.found is not None and not call.found.steady), aged=True)

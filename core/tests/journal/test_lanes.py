@@ -322,6 +322,52 @@ async def test_reads_that_take_turns_in_another_order_are_made_anew() -> None:
     assert "took another way" in life.journal.problems[0]
 
 
+async def test_a_pause_between_calls_longer_than_the_patience_repeats_nothing() -> None:
+    """The call that was in flight is made meanwhile; what another task then asks for was finished without it."""
+
+    async def work(life: Life) -> list[str]:
+        async def slowly() -> str:
+            await life.call("first")
+            await asyncio.sleep(0.3)
+            return await life.call("second")
+
+        async def late(key: str) -> str:
+            while not life.outside.reached["second"]:
+                await asyncio.sleep(0)
+            return life.outside.answer("in flight", key)
+
+        other = life.journal.call("get", request_hash("in flight", ""), late, CallSpec())
+        return list(await asyncio.gather(slowly(), other))
+
+    rows, outside = Rows(), Outside()
+    await crashed(rows, outside, work, 3)
+    life = Life(rows, outside, patience_seconds=0.05)
+    await life.run(work)
+    assert outside.reached == {"first": 1, "second": 1, "in flight": 2}
+    assert life.journal.problems == []
+
+
+async def test_a_call_that_was_given_up_in_time_repeats_nothing() -> None:
+    async def work(life: Life) -> list[str]:
+        async def slow(key: str) -> str:
+            life.outside.answer("slow", key)
+            await asyncio.sleep(60)
+            return "never"
+
+        async def asked() -> str:
+            return str(await life.journal.call("get", request_hash("slow", ""), slow, CallSpec()))
+
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asked(), 0.4)
+        return [await life.call(each) for each in ("one", "two", "last")]
+
+    rows, outside = Rows(), Outside()
+    await crashed(rows, outside, work, 4)
+    life = Life(rows, outside, patience_seconds=0.05)
+    await life.run(work)
+    assert outside.reached == {"slow": 2, "one": 1, "two": 1, "last": 2}
+
+
 # --- another way ------------------------------------------------------------------------------------------------------
 
 
