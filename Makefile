@@ -32,7 +32,7 @@ test: lint unit ## all checks and the tests, as CI does
 .PHONY: unit
 unit: $(READY) ## the tests alone
 	@echo "==> pytest"
-	@cd core && "$(BIN)/python" -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
+	@cd core && "$(BIN)/python" -m pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: $(READY) ## the slow tests: random kills and long property tests

@@ -21,12 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from environments import HERE, PEERS, ROOT, python_of
+from environments import HERE, PEERS, ROOT, EnvironmentUnavailable, python_of
 from participants import COMMANDS, IMPORTS, OWN, PARTICIPANTS, Participant
 
 DOCS = ROOT / "docs" / "benchmarks"
@@ -34,7 +34,13 @@ CONVERSATIONS = (50, 200, 800, 3200)
 RESUME_AT = 800
 QUADRATIC = 1.5
 """A conversation whose bytes grow with this exponent from 200 to 800 messages is not measured at 3,200."""
+_LONGEST_SECONDS = 600
+"""What takes longer than this is stopped, and counts as failed."""
 _FSYNCS = "fsync,fdatasync,sync_file_range,msync"
+
+
+class WorkloadError(Exception):
+    """A program of a participant failed, took too long, or said nothing that can be read."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,15 @@ class Session:
     """Seconds of whole processes: ``import X`` less an empty program, ``X --help``."""
     left_out: list[str] = field(default_factory=list)
     """What was not measured, and why."""
+    failures: list[str] = field(default_factory=list)
+    """What failed of this project's own programs and of the floors; with any, ``make bench`` ends with an error."""
+
+    def fail(self, who: Participant, workload: str, error: Exception) -> None:
+        """Note that a participant could not run a workload; its figures of that workload go, as they are not whole."""
+        self.samples = [each for each in self.samples if (each.participant, each.workload) != (who.name, workload)]
+        self.left_out.append(f"{who.name}, {workload}: {str(error).splitlines()[0]}")
+        if who.group != "peer":
+            self.failures.append(str(error))
 
     def chosen(self, participant: str, workload: str, steps: int | None = None) -> list[Sample]:
         """The samples of one cell."""
@@ -123,10 +138,14 @@ class Bench:
     def time_starts(self) -> None:
         """Whole processes: what an import adds to an empty program, and ``--help``."""
         for environment, package in IMPORTS.items():
+            if environment not in self._pythons:
+                continue
             python = str(self._pythons[environment])
             empty, full = self._whole([python, "-c", "pass"]), self._whole([python, "-c", f"import {package}"])
             self._session.starts.setdefault(f"import {package}", []).append(full - empty)
         for environment, command in COMMANDS.items():
+            if environment not in self._pythons:
+                continue
             path = self._pythons[environment].parent / command
             self._session.starts.setdefault(f"{command} --help", []).append(self._whole([str(path), "--help"]))
 
@@ -143,10 +162,19 @@ class Bench:
         command += ["--folder", str(folder), "--steps", str(steps), "--runs", str(runs)]
         command += [part for option in who.options for part in ("--option", option)]
         command += ["--url", url] if url is not None else []
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, cwd=folder)
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=_LONGEST_SECONDS, cwd=folder
+            )
+        except subprocess.TimeoutExpired:
+            raise WorkloadError(f"{workload} was stopped after {_LONGEST_SECONDS} s") from None
         if done.returncode:
-            raise SystemExit(f"{who.name}, {workload}: ended with {done.returncode}\n{done.stdout}{done.stderr}")
-        line: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+            last = (done.stderr.strip() or done.stdout.strip() or "nothing was printed").splitlines()[-1]
+            raise WorkloadError(f"{workload} ended with {done.returncode}: {last}\n{done.stdout}{done.stderr}")
+        try:
+            line: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        except (IndexError, ValueError):
+            raise WorkloadError(f"{workload} printed no result\n{done.stdout}{done.stderr}") from None
         return line
 
     @contextlib.contextmanager
@@ -202,6 +230,7 @@ def plan(repeats: int) -> list[tuple[str, int, int, int]]:
     """Workload, steps, runs at once and how often, in the order they run within a repeat."""
     return [
         ("small", 200, 1, repeats),
+        ("commit", 200, 1, repeats),
         ("call", 200, 1, repeats),
         ("concurrent", 20, 50, repeats),
         *(("conversation", steps, 1, repeats if steps < 800 else 1) for steps in CONVERSATIONS),
@@ -211,9 +240,15 @@ def plan(repeats: int) -> list[tuple[str, int, int, int]]:
     ]
 
 
-def run_all(bench: Bench, session: Session, repeats: int, only: list[str], say: Callable[[str], None]) -> None:
-    """Every workload of every participant, in turn; the order of the participants changes with each repeat."""
-    chosen = [who for who in PARTICIPANTS if not only or any(part in who.name for part in only) or who.group == "floor"]
+def run_all(
+    bench: Bench, session: Session, repeats: int, chosen: Sequence[Participant], say: Callable[[str], None]
+) -> Iterator[None]:
+    """Every workload of every participant, in turn; the order of the participants changes with each repeat.
+
+    Comes back after each workload, so that the caller can keep what was measured so far. What a participant cannot run
+    is left out and said; the others go on.
+    """
+    failed: set[tuple[str, str]] = set()
     for repeat in range(repeats):
         bench.time_starts()
         for workload, steps, runs, times in plan(repeats):
@@ -223,7 +258,7 @@ def run_all(bench: Bench, session: Session, repeats: int, only: list[str], say: 
                 session.left_out.append(f"repeat {repeat + 1} of {workload} ({steps} steps): out of time")
                 continue
             for who in (*chosen[repeat % len(chosen) :], *chosen[: repeat % len(chosen)]):
-                if workload not in who.workloads:
+                if workload not in who.workloads or (who.name, workload) in failed:
                     continue
                 if steps > CONVERSATIONS[2] and (exponent := _growth(session, who.name)) > QUADRATIC:
                     session.left_out.append(
@@ -231,11 +266,20 @@ def run_all(bench: Bench, session: Session, repeats: int, only: list[str], say: 
                     )
                     continue
                 say(f"{repeat + 1}/{repeats} {workload} {steps}: {who.name}")
-                bench.measure(who, workload, steps, runs)
+                try:
+                    bench.measure(who, workload, steps, runs)
+                except WorkloadError as error:
+                    failed.add((who.name, workload))
+                    session.fail(who, workload, error)
+            yield
     for who in chosen:
-        if "small" in who.workloads and "no-store" not in who.options:
+        if "small" in who.workloads and "no-store" not in who.options and (who.name, "small") not in failed:
             say(f"counting fsyncs: {who.name}")
-            bench.count_fsyncs(who)
+            try:
+                bench.count_fsyncs(who)
+            except WorkloadError as error:
+                session.fail(who, "fsyncs", error)
+    yield
 
 
 def _growth(session: Session, name: str) -> float:
@@ -299,14 +343,15 @@ def main() -> None:
     given = parser.parse_args()
     out: Path = given.out.resolve()
     if not given.report:
-        session = measure(given.repeats, given.minutes, given.only)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").write_text(json.dumps(asdict(session), indent=1) + "\n")
+        measure(given.repeats, given.minutes, given.only, out)
     write_report(out)
+    if failures := load(out).failures:
+        raise SystemExit("\n".join(["Programs of this project or the floors failed:", *failures]))
 
 
-def measure(repeats: int, minutes: float, only: list[str]) -> Session:
-    """Make the environments and run everything."""
+def measure(repeats: int, minutes: float, only: list[str], out: Path) -> None:
+    """Make the environments and run everything; ``results.json`` is written anew after each workload."""
     began = time.monotonic()
     width = shutil.get_terminal_size().columns - 1
 
@@ -317,17 +362,28 @@ def measure(repeats: int, minutes: float, only: list[str]) -> Session:
         else:
             print(line, file=sys.stderr, flush=True)
 
-    pythons = {name: Path(sys.executable) if name == OWN else python_of(name, say) for name in IMPORTS}
     session = Session(facts_of_machine())
-    with tempfile.TemporaryDirectory(prefix="surefoot-bench-") as folder, postgres() as server:
-        bench = Bench(session, Path(folder), pythons, server, began + minutes * 60)
-        run_all(bench, session, repeats, only, say)
+    pythons = {OWN: Path(sys.executable)}
+    for name in IMPORTS:
+        if name != OWN:
+            try:
+                pythons[name] = python_of(name, say)
+            except EnvironmentUnavailable as error:
+                session.left_out.append(str(error).splitlines()[0])
+    chosen = [
+        who
+        for who in PARTICIPANTS
+        if who.environment in pythons and (not only or who.group == "floor" or any(part in who.name for part in only))
+    ]
     if not shutil.which("strace"):
         session.left_out.append("fsyncs of the local stores: strace is not installed")
-    session.facts["took"] = f"{(time.monotonic() - began) / 60:.0f} minutes, {repeats} repeats"
+    with tempfile.TemporaryDirectory(prefix="surefoot-bench-") as folder, postgres() as server:
+        bench = Bench(session, Path(folder), pythons, server, began + minutes * 60)
+        for _ in run_all(bench, session, repeats, chosen, say):
+            session.facts["took"] = f"{(time.monotonic() - began) / 60:.0f} minutes, {repeats} repeats"
+            (out / "results.json").write_text(json.dumps(asdict(session), indent=1) + "\n")
     say("done")
     print(file=sys.stderr)
-    return session
 
 
 def write_report(out: Path) -> None:
@@ -337,7 +393,10 @@ def write_report(out: Path) -> None:
     text = report.tables(load(out))
     (out / "results.md").write_text(text)
     print(text)
-    python = python_of("plots", lambda what: print(what, file=sys.stderr))
+    try:
+        python = python_of("plots", lambda what: print(what, file=sys.stderr))
+    except EnvironmentUnavailable as error:
+        raise SystemExit(str(error)) from None
     done = subprocess.run([python, HERE / "plots.py", out], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"The plots cannot be drawn:\n{done.stdout}{done.stderr}")

@@ -15,10 +15,14 @@ PEERS = HERE / "peers"
 FOLDER = ROOT / ".venv-bench"
 
 
+class EnvironmentUnavailable(Exception):
+    """The packages of an environment cannot be installed; the text has pip's own words."""
+
+
 def python_of(environment: str, say: Callable[[str], None]) -> Path:
     """The interpreter of an environment, which is made first when it is missing or its lock file has changed.
 
-    Raises ``SystemExit`` with pip's own words when the packages cannot be installed.
+    Raises ``EnvironmentUnavailable`` when the packages cannot be installed.
     """
     lock = (PEERS / f"{environment}.lock").read_text()
     folder = FOLDER / environment
@@ -33,6 +37,6 @@ def python_of(environment: str, say: Callable[[str], None]) -> Path:
     command = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--require-hashes"]
     done = subprocess.run([*command, "-r", PEERS / f"{environment}.lock"], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"The packages of {environment} cannot be installed:\n{done.stdout}{done.stderr}")
+        raise EnvironmentUnavailable(f"The packages of {environment} cannot be installed:\n{done.stdout}{done.stderr}")
     stamp.write_text(version + lock)
     return python

@@ -32,7 +32,7 @@ _BARE = frozenset({"waiting", "small"})
 PARTICIPANTS = (
     Participant("append + fdatasync", "floor", OWN, "raw_program.py", frozenset({"small"}), ("append",)),
     Participant("raw SQLite", "floor", OWN, "raw_program.py", _FLOOR),
-    Participant("surefoot", "ours", OWN, "surefoot_program.py", _FLOOR | {"waiting"}),
+    Participant("surefoot", "ours", OWN, "surefoot_program.py", _FLOOR | {"waiting", "commit"}),
     Participant("surefoot, latest_only", "ours", OWN, "surefoot_program.py", _STEPS, ("latest",)),
     Participant(
         "surefoot, append-only key",
@@ -60,7 +60,9 @@ PARTICIPANTS = (
     Participant("burr sqlite", "peer", "burr", "burr_program.py", _STEPS | {"waiting"}),
     Participant("agent-framework files", "peer", "agent_framework", "agent_framework_program.py", _STEPS | {"waiting"}),
     Participant("raw PostgreSQL", "floor", OWN, "raw_program.py", _FLOOR - {"large"}, is_postgres=True),
-    Participant("surefoot postgres", "ours", OWN, "surefoot_program.py", _FLOOR - {"large"}, is_postgres=True),
+    Participant(
+        "surefoot postgres", "ours", OWN, "surefoot_program.py", (_FLOOR | {"commit"}) - {"large"}, is_postgres=True
+    ),
     Participant(
         "langgraph postgres", "peer", "langgraph", "langgraph_program.py", _FLOOR - {"large"}, is_postgres=True
     ),

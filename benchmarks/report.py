@@ -37,8 +37,12 @@ def tables(session: Session) -> str:
         "and fsyncs carry over to other machines, milliseconds do not.",
         "\n".join(f"- {name}: {value}" for name, value in session.facts.items()),
         "## Goals\n\n" + _goals(session),
-        "## A small state\n\n200 steps, 1 KB replaced in each, durable before the next step begins (the rows "
-        "with *async* only in order).\n\n" + _small(session),
+        "## A small state\n\n200 steps, 1 KB replaced in each; written before the next step begins (the rows with "
+        "*async* only in order), and safe from a loss of power then where there is a sync for each step: without one "
+        "it is the system's cache that was written to. Each framework stores with its own default settings; "
+        "*surefoot* keeps every checkpoint, as the peers do.\n\n" + _small(session),
+        "## The commit alone\n\nWhat those 200 steps commit, handed to the store once more without an executor, "
+        "beside raw commits of the messages' bytes.\n\n" + _commit(session),
         "## A growing conversation\n\nOne message of 1 KB appended in each step. *x messages* is what is stored at the "
         "longest length measured over the messages' own bytes.\n\n![Bytes stored](growth.svg)\n\n"
         + _conversation(session),
@@ -111,6 +115,17 @@ def _small(session: Session) -> str:
             ]
         )
     return _table(["", "ms/step", "x raw", "fsync/step", "stored/step", "written/step"], rows)
+
+
+def _commit(session: Session) -> str:
+    rows = []
+    for who in _of("commit"):
+        seconds = session.median(who.name, "commit", "seconds")
+        if seconds is not None:
+            rows.append(
+                [who.name, _number(seconds * 1e3, 3), _ratio(seconds, session.median(_floor(who), "small", "seconds"))]
+            )
+    return _table(["", "ms/commit", "x raw"], rows)
 
 
 def _conversation(session: Session) -> str:
@@ -215,6 +230,7 @@ def goals(session: Session) -> list[tuple[str, str, float | None, float, bool]]:
     def start(name: str) -> float | None:
         return statistics.median(session.starts[name]) * 1e3 if name in session.starts else None
 
+    commit, raw = session.median("surefoot", "commit", "seconds"), session.median("raw SQLite", "small", "seconds")
     concurrent = over("surefoot", "concurrent", "raw SQLite")
     resume = session.median("surefoot", "resume", "seconds")
     waiting = session.median("surefoot", "waiting", "seconds")
@@ -222,7 +238,8 @@ def goals(session: Session) -> list[tuple[str, str, float | None, float, bool]]:
     large = session.median("surefoot", "large", "stored")
     longest = session.median("surefoot", "conversation", "stored", LENGTHS[-1])
     return [
-        ("durable step, 1 KB state: x raw commit", "≤ 1.3", over("surefoot", "small", "raw SQLite"), 1.3, False),
+        ("durable commit, 1 KB state: x raw commit", "≤ 1.3", commit / raw if commit and raw else None, 1.3, False),
+        ("the whole durable step: x raw commit", "≤ 1.3", over("surefoot", "small", "raw SQLite"), 1.3, False),
         ("50 runs at once: x raw group commit", "≥ 0.5", 1 / concurrent if concurrent else None, 0.5, True),
         (
             "3,200 messages: x their bytes",

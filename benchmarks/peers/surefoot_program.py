@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from measure import Given, Watch, blob, leave, main, message
@@ -16,6 +17,8 @@ from framework.graph.goal import Goal
 from framework.graph.node import NodeContext, NodeResult, NodeSpec
 from framework.schemas.checkpoint import CheckpointConfig
 from framework.storage.backend import Storage, open_storage
+from framework.storage.memory import MemoryStorage
+from framework.storage.records import Commit, NewRun, Write
 
 GOAL = Goal(id="bench", name="bench", description="measure")
 
@@ -175,6 +178,26 @@ def call(given: Given, watch: Watch) -> int:
     return given.steps
 
 
+def commit(given: Given, watch: Watch) -> int:
+    """``Storage.commit`` alone: what the steps of ``small`` commit, written again without the executor."""
+    written: list[Commit] = []
+
+    class Noting(MemoryStorage):
+        def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
+            written.extend(one for one in commits if isinstance(one, Commit))
+            return super().commit(commits)
+
+    with Noting() as noting:
+        asyncio.run(run(executor_of(given, noting, replace), given, "bench"))
+    with store_of(given) as store:
+        store.open_run(NewRun("bench", "graph", "bench", GOAL.id, b"{}", b"{}"), "bench", 3600)
+        with watch.measured():
+            refused = [error for one in written if (error := store.commit([one])[0]) is not None]
+    if refused or len(written) < given.steps:
+        raise SystemExit(f"of {len(written)} commits {len(refused)} were refused: {refused[:1]}")
+    return len(written)
+
+
 def prepare(given: Given, watch: Watch) -> int:
     """A conversation whose process dies inside the step after the last one."""
 
@@ -221,6 +244,7 @@ if __name__ == "__main__":
             "conversation": loop(append),
             "large": large,
             "concurrent": concurrent,
+            "commit": commit,
             "call": call,
             "prepare": prepare,
             "resume": resume,

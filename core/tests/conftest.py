@@ -1,4 +1,6 @@
-"""Fixtures for all tests: a private PostgreSQL, started once in each process of pytest by the first test that asks."""
+"""For all tests: a private PostgreSQL, started once in each process of pytest by the first test that asks; and forks in
+place of new interpreters, unless the test is a slow one.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import forks
 from tests.postgres_server import PostgresServer, running_postgres
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    forks.is_on = item.get_closest_marker("slow") is None
 
 
 @pytest.fixture(scope="session")

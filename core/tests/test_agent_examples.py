@@ -16,6 +16,8 @@ from typing import Any
 import pexpect
 import pytest
 
+from tests import forks
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 KEYS = ("ANTHROPIC_API_KEY", "OPENAI_API_KEY")
@@ -49,7 +51,7 @@ class Shop:
 
     def surefoot(self, *arguments: str | Path, code: int = 0, **environment: str) -> Any:
         """Run the command; what it printed as JSON."""
-        done = subprocess.run(
+        done = forks.run(
             [sys.executable, "-m", "framework", *map(str, arguments), "-o", "json"],
             cwd=self.work,
             env=self.environment | environment,
@@ -70,7 +72,7 @@ class Shop:
     def killed_in_a_pipe(self, steps: int, given: dict[str, Any]) -> None:
         """Start a run and SIGKILL it once it has told of so many finished steps."""
         command, environment = self._slowly(given)
-        running = subprocess.Popen(
+        running = forks.Popen(
             command,
             cwd=self.work,
             env=environment,
@@ -174,8 +176,18 @@ def test_the_pipeline_files_every_document_once(tmp_path: Path) -> None:
     assert "There is no folder no/such/folder" in missing["error"]
 
 
-@pytest.mark.parametrize("place", ["pipe", "terminal"])
-@pytest.mark.parametrize(("name", "after"), [("researcher", 3), ("support_agent", 3), ("document_pipeline", 17)])
+@pytest.mark.parametrize(
+    ("name", "after", "place"),
+    [
+        *(("researcher", 3, place) for place in ("pipe", "terminal")),
+        ("support_agent", 3, "pipe"),
+        ("document_pipeline", 17, "pipe"),
+        *(
+            pytest.param(*of, "terminal", marks=pytest.mark.slow)
+            for of in (("support_agent", 3), ("document_pipeline", 17))
+        ),
+    ],
+)
 def test_killed_in_the_middle_and_resumed_it_comes_to_the_same(
     name: str, after: int, place: str, tmp_path: Path
 ) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import forks
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -25,7 +26,7 @@ def on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def run(program: str, workload: str, folder: Path, *more: str) -> dict[str, Any]:
     command = [sys.executable, str(BENCHMARKS / "peers" / program), workload, "--folder", str(folder), *more]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
+    done = forks.run(command, capture_output=True, text=True, check=False, timeout=50)
     assert done.returncode == 0, done.stderr
     line: dict[str, Any] = json.loads(done.stdout)
     return line
@@ -52,10 +53,16 @@ def test_resume_goes_on_where_the_first_process_died(program: str, tmp_path: Pat
     assert run(program, "resume", tmp_path, "--steps", "5")["seconds"] > 0
 
 
+def test_the_commits_of_a_run_are_written_again_without_it(tmp_path: Path) -> None:
+    measured = run("surefoot_program.py", "commit", tmp_path, "--steps", "6")
+    assert measured["units"] == 6
+    assert measured["stored"] > 6 * 1024
+
+
 def test_a_resume_at_the_wrong_place_is_no_figure(tmp_path: Path) -> None:
     run("surefoot_program.py", "prepare", tmp_path, "--steps", "5")
     command = [sys.executable, str(BENCHMARKS / "peers" / "surefoot_program.py"), "resume", "--folder", str(tmp_path)]
-    done = subprocess.run([*command, "--steps", "4"], capture_output=True, text=True, check=False, timeout=50)
+    done = forks.run([*command, "--steps", "4"], capture_output=True, text=True, check=False, timeout=50)
     assert done.returncode != 0
     assert not done.stdout
 
@@ -78,10 +85,45 @@ def test_the_tables_say_what_was_measured_and_what_was_not() -> None:
     small = next(line for line in page.splitlines() if line.startswith("| surefoot ") and "2.000" in line)
     assert small.split("|")[3].strip() == "2.00"
     assert "burr sqlite, 3200 messages: its bytes grow" in page
-    missed = next(line for line in page.splitlines() if line.startswith("| durable step"))
+    missed = next(line for line in page.splitlines() if line.startswith("| the whole durable step"))
     assert "**no**" in missed
     unknown = next(line for line in page.splitlines() if line.startswith("| resume at 800"))
     assert unknown.split("|")[4].strip() == "–"
+
+
+@pytest.mark.usefixtures("on_path")
+def test_what_one_participant_cannot_run_is_left_out_and_the_others_go_on() -> None:
+    compare, participants = importlib.import_module("compare"), importlib.import_module("participants")
+    session = compare.Session({})
+    named = {who.name: who for who in participants.PARTICIPANTS}
+    chosen = [named["burr sqlite"], named["surefoot"], named["raw SQLite"]]
+    measured: list[tuple[str, str]] = []
+
+    class Bench:
+        """Measures nothing; burr's third run of ``concurrent`` fails."""
+
+        def is_over(self) -> bool:
+            return False
+
+        def time_starts(self) -> None: ...
+
+        def count_fsyncs(self, who: Any) -> None: ...
+
+        def measure(self, who: Any, workload: str, steps: int, runs: int = 1) -> None:
+            measured.append((who.name, workload))
+            if measured.count(("burr sqlite", "concurrent")) == 3 and measured[-1] == ("burr sqlite", "concurrent"):
+                raise compare.WorkloadError("concurrent ended with 1: the disk is full\nits own words")
+            session.samples.append(compare.Sample(who.name, workload, steps, runs, 1.0, steps, 1000, 0))
+
+    for _ in compare.run_all(Bench(), session, 5, chosen, lambda what: None):
+        pass
+    assert session.left_out == ["burr sqlite, concurrent: concurrent ended with 1: the disk is full"]
+    assert not session.chosen("burr sqlite", "concurrent")
+    assert measured.count(("burr sqlite", "concurrent")) == 3
+    assert len(session.chosen("burr sqlite", "small")) == len(session.chosen("surefoot", "concurrent")) == 5
+    assert not session.failures
+    session.fail(named["surefoot"], "call", compare.WorkloadError("call ended with 1: no"))
+    assert session.failures == ["call ended with 1: no"]
 
 
 @pytest.mark.usefixtures("on_path")

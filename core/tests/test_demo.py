@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests import forks
+
 ROOT = Path(__file__).resolve().parents[2]
 AGENT = ROOT / "examples" / "research_agent"
 
@@ -23,7 +25,7 @@ AGENT = ROOT / "examples" / "research_agent"
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a program of the examples as a user would, with its output in a pipe."""
     kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "FORCE_COLOR", "TERM")}
-    return subprocess.run(
+    return forks.run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
         env={**kept, "PYTHONPATH": str(ROOT / "core"), "PYTHONUTF8": "1", **environment},

@@ -30,6 +30,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import forks
+
 ROOT = Path(__file__).resolve().parents[2]
 AGENTS = sorted(page.parent / "README.md" for page in (ROOT / "examples").glob("*/agent.json"))
 GUIDES = [ROOT / "README.md", ROOT / "docs" / "tutorial.md", *sorted((ROOT / "docs" / "how-to").glob("*.md")), *AGENTS]
@@ -117,12 +119,19 @@ def test_every_guide_has_something_to_run() -> None:
 @pytest.mark.timeout(180)  # some pages start a process for each of a dozen commands
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_the_code_runs_and_prints_what_it_says(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    page: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    commands_first = tmp_path_factory.mktemp("bin")
+    forks.make_command(commands_first)
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "core"))  # for the processes that a page starts
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    folders = [str(commands_first), str(Path(sys.executable).parent), os.environ["PATH"]]
+    monkeypatch.setenv("PATH", os.pathsep.join(folders))
     for name in ("SUREFOOT_STORAGE", "COLUMNS", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     if any(block.language == "console" for block in blocks(page)):

@@ -41,7 +41,14 @@ def gone(folder: str, pid: str) -> bool:
     return not Path(folder).exists() and not _exists(int(pid))
 
 
-@pytest.mark.parametrize("ending", ["sys.exit(3)", "os.kill(os.getpid(), signal.SIGKILL)", "os._exit(1)", "1 / 0"])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "sys.exit(3)",
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        *(pytest.param(ending, marks=pytest.mark.slow) for ending in ("os._exit(1)", "1 / 0")),
+    ],
+)
 def test_it_never_outlives_who_started_it(ending: str) -> None:
     with start(ending, stderr=subprocess.DEVNULL) as process:
         said, _ = process.communicate(timeout=50)

@@ -27,7 +27,7 @@ from framework.runtime import Runtime
 from framework.runtime.events import EventHub
 from framework.schemas.run import Run
 from framework.storage.memory import MemoryStorage
-from framework.storage.records import Message
+from framework.storage.records import NO_TOKEN, Message
 
 SECRET = "sk-very-secret-value"
 GOAL = Goal(id="g", name="G", description="d")
@@ -141,7 +141,7 @@ async def test_a_runtime_that_fails_at_a_step(method: str, caplog: pytest.LogCap
 
 def test_a_store_that_fails_to_save_the_document(caplog: pytest.LogCaptureFixture) -> None:
     class Full(MemoryStorage):
-        def save_run(self, run: Run) -> None:
+        def save_run(self, run: Run, token: int = NO_TOKEN) -> None:
             leak()
 
     with Full() as storage:

@@ -7,6 +7,7 @@ import inspect
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from framework._secrets import mask
@@ -16,6 +17,7 @@ from framework.graph.node_base import NodeContext, NodeResult, NodeSpec, is_infr
 from framework.graph.node_errors import failed_result
 from framework.graph.spending import NOTHING, Spent
 from framework.graph.suspension import Suspended
+from framework.graph.time_limit import limit_for
 from framework.llm.threads import GOES_ON, NOT_BEGUN, StepThreads
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 # Of all runs in this process, so that a resumed run too waits for what an earlier attempt left running.
 _threads = StepThreads()
 _RESULT = tuple((each.name, each.default) for each in fields(NodeResult))
+_NAMES = tuple(name for name, _ in _RESULT)
+_values_of = attrgetter(*_NAMES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +164,7 @@ async def _invalid(implementation: Any, ctx: NodeContext) -> list[str]:
         return []
     try:
         messages = validate(ctx)
-        if inspect.isawaitable(messages):
+        if type(messages) is not list and inspect.isawaitable(messages):
             messages = await messages
         return [messages] if isinstance(messages, str) else [str(message) for message in messages or ()]
     except Exception as error:  # a node's own check may raise anything; it is reported like its messages
@@ -199,13 +203,17 @@ async def _journaled(
 
 async def _attempt(spec: NodeSpec, implementation: Any, ctx: NodeContext, step: object) -> NodeResult:
     """One attempt; whatever it raises, but for cancellation and the end of the process, is a failed result."""
+    limit = limit_for(spec.timeout_seconds)
     try:
-        async with asyncio.timeout(spec.timeout_seconds) as limit:
-            await _threads.earlier(step)
-            with _threads.working_on(step):
-                result = await implementation.execute(ctx)
+        if limit is None:
+            result = await _executed(implementation, ctx, step)
+        else:
+            if ctx.journal is not None:
+                ctx.journal.limit, limit.works = limit, ctx.journal.works
+            async with limit:
+                result = await _executed(implementation, ctx, step)
     except Exception as error:  # a node may raise anything; it is recorded, retried and reported, not hidden
-        if isinstance(error, TimeoutError) and limit.expired():
+        if isinstance(error, TimeoutError) and limit is not None and limit.expired():
             text = f"timed out after {spec.timeout_seconds:g} s"
             if (said := str(error.__cause__ or "")) in (GOES_ON, NOT_BEGUN):
                 text = f"{text}; {said}"
@@ -216,6 +224,12 @@ async def _attempt(spec: NodeSpec, implementation: Any, ctx: NodeContext, step: 
     return _checked(spec, result)
 
 
+async def _executed(implementation: Any, ctx: NodeContext, step: object) -> Any:
+    await _threads.earlier(step)
+    with _threads.working_on(step):
+        return await implementation.execute(ctx)
+
+
 def _checked(spec: NodeSpec, returned: Any) -> NodeResult:
     """What the node returned, as a `NodeResult` that is safe to use; anything else is a failed one that says so."""
     problem = ""
@@ -223,13 +237,18 @@ def _checked(spec: NodeSpec, returned: Any) -> NodeResult:
         problem = f"returned {type(returned).__name__}, not a NodeResult with a dict as its output"
     else:
         # A class of the node's own may lack what has a default.
-        values: dict[str, Any] = {name: getattr(returned, name, default) for name, default in _RESULT}
+        values: dict[str, Any] = (
+            dict(zip(_NAMES, _values_of(returned), strict=True))
+            if type(returned) is NodeResult
+            else {name: getattr(returned, name, default) for name, default in _RESULT}
+        )
         values["error"] = mask(str(values["error"])) if values["error"] else values["error"]
         try:
             values["tokens_used"] = int(values["tokens_used"] or 0)
             values["latency_ms"] = int(values["latency_ms"] or 0)
             values["output_tokens"], values["cost"] = int(values["output_tokens"] or 0), float(values["cost"] or 0)
-            return NodeResult(**{**values, "output": values["output"] or {}})
+            values["output"] = values["output"] or {}
+            return NodeResult(**values)
         except (TypeError, ValueError, OverflowError) as error:
             problem = f"returned tokens, latency_ms or cost that are no numbers ({error})"
     return NodeResult(False, error=f"node {spec.id!r} {problem}", error_type="invalid_result")

@@ -1,12 +1,14 @@
-"""``RunBudget``: how many tokens and how much money a run may take, over all the processes that work on it; and
-``BudgetGate``, which lets its questions to models out."""
+"""``RunBudget``: how many tokens and how much money a run may take, over all the processes that work on it;
+``BudgetGate``, which lets its questions to models out; and ``PartAccount``, by which parts of a run count with it."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +24,8 @@ class RunBudget:
     Looked at before each step and before each question to a model. What counts is the run's totals, the journaled
     questions of steps that are not finished, and for those in flight an estimate: a question goes out beside others
     only if all of them fit, else it waits for them. One that goes out alone may take more than is left, so the run goes
-    over its limits by one question at most, as far as estimates hold (see ``BudgetGate``). Raises ``ValueError`` for a
-    limit below zero.
+    over its limits by one question at most, as far as estimates hold (see ``BudgetGate``). What the sub-graphs of a
+    plan take counts in the same way. Raises ``ValueError`` for a limit below zero.
     """
 
     max_tokens: int | None = None
@@ -104,11 +106,13 @@ class BudgetGate:
     ``max_tokens``, which the model keeps, or without that the most that any question took so far; the first goes alone.
     Nothing is refused while questions are in flight, so that what they come to is recorded. A question inside
     another one (by a tool of a provider that does not give one turn at a time) belongs to that one and never waits.
+    ``whole`` is the account of a run that is a part of another: a question has to fit into what both have left.
     """
 
     run_id: str
     budget: RunBudget
     totals: Callable[[], Spent]
+    whole: PartAccount | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _out: dict[object, Estimate] = field(default_factory=dict)
     _waiting: list[Room] = field(default_factory=list)
@@ -125,6 +129,30 @@ class BudgetGate:
         says that it is made inside another one. Yields futures to be waited for. Raises ``BudgetExceeded``,
         ``CostUnknown``.
         """
+        over = yield from self._enter(characters, max_tokens, inside)
+        if self.whole is None:
+            return over
+        # From the inside out: what holds a place here waits for others there only while these are in flight.
+        try:
+            over_there = yield from self.whole.enter(characters, max_tokens, inside)
+        except BaseException:
+            over()
+            raise
+
+        def both_over() -> None:
+            over()
+            over_there()
+
+        return both_over
+
+    @property
+    def limits_cost(self) -> bool:
+        """Whether the price of a question has to be known."""
+        return self.budget.max_cost is not None or (self.whole is not None and self.whole.limits_cost)
+
+    def _enter(
+        self, characters: int, max_tokens: int | None, inside: bool
+    ) -> Generator[Future[None], None, Callable[[], None]]:
         while True:
             with self._lock:
                 estimate = self._estimate(characters, max_tokens)
@@ -189,6 +217,115 @@ class BudgetGate:
                 self._dearest = max(self._dearest or 0.0, taken.cost / taken.tokens)
             if unpriced is not None:
                 self._unpriced = unpriced
+        if self.whole is not None:
+            self.whole.saw(taken, unpriced)
+
+
+@dataclass(slots=True)
+class PartAccount:
+    """What one attempt of a step takes by the runs that are its work: those of a plan step's sub-graph.
+
+    ``counted`` is what the whole's totals have of such a run already, ``stored`` what its store has of it, until it
+    goes on here. ``gate`` and ``check`` are the whole's, ``None`` when it has no budget. ``refused`` is what the whole
+    refused a part.
+    """
+
+    counted: Spent = NOTHING
+    stored: Spent = NOTHING
+    gate: BudgetGate | None = None
+    check_whole: Callable[[], None] | None = None
+    refused: BudgetExceeded | None = None
+    resumed: bool = False
+    """Whether the run goes on here, so that its totals have what is ``counted``."""
+    _totals: list[Callable[[], Spent]] = field(default_factory=list)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Inside, runs that begin are parts: those of this task, of tasks and of threads that it starts."""
+        token = _part.set(self)
+        try:
+            yield
+        finally:
+            with suppress(ValueError):  # a coroutine that is closed from outside ends in another context
+                _part.reset(token)
+
+    def attach(self, totals: Callable[[], Spent], *, resumed: bool) -> None:
+        """A run is a part: ``totals`` is what it has spent, from any thread, ``resumed`` that it began before."""
+        self.resumed = self.resumed or resumed
+        self._totals.append(totals)
+
+    @property
+    def uncounted(self) -> Spent:
+        """What the parts have taken that the whole's totals do not have."""
+        spent = NOTHING
+        for totals in tuple(self._totals):
+            spent += totals()
+        before = self.counted
+        if self.resumed or not self._totals:  # until a run that goes on has taken up what it was, the store knows
+            spent = Spent(max(spent.tokens, self.stored.tokens), 0, 0, max(spent.cost, self.stored.cost))
+        else:
+            before = NOTHING
+        return Spent(
+            max(0, spent.tokens - before.tokens), 0, 0, round(max(0.0, spent.cost - before.cost), _COST_DIGITS)
+        )
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether the whole has a budget."""
+        return self.gate is not None
+
+    @property
+    def limits_cost(self) -> bool:
+        """As of the whole's gate."""
+        return self.gate is not None and self.gate.limits_cost
+
+    def check(self) -> None:
+        """Raise ``BudgetExceeded`` when the whole has used up its budget."""
+        if self.check_whole is not None:
+            try:
+                self.check_whole()
+            except BudgetExceeded as error:
+                self.refused = error
+                raise
+
+    def enter(
+        self, characters: int, max_tokens: int | None, inside: bool
+    ) -> Generator[Future[None], None, Callable[[], None]]:
+        """As ``BudgetGate.enter`` of the whole."""
+        if self.gate is None:
+            return lambda: None
+        try:
+            return (yield from self.gate.enter(characters, max_tokens, inside))
+        except BudgetExceeded as error:
+            self.refused = error
+            raise
+
+    def saw(self, taken: Spent, unpriced: str | None) -> None:
+        """As ``BudgetGate.saw`` of the whole."""
+        if self.gate is not None:
+            self.gate.saw(taken, unpriced)
+
+
+_part: ContextVar[PartAccount | None] = ContextVar("surefoot_part", default=None)
+
+
+@contextmanager
+def part_account() -> Iterator[PartAccount | None]:
+    """The account of a run that begins here, when it is a part of another run; ``None`` for any other.
+
+    Runs that its own nodes begin inside are no parts: what they take is what these nodes say.
+    """
+    account = _part.get()
+    token = _part.set(None)
+    try:
+        yield account
+    finally:
+        with suppress(ValueError):
+            _part.reset(token)
+
+
+_COST_DIGITS = 12
+"""As costs are stored."""
 
 
 _CHARACTERS_PER_TOKEN = 3

@@ -11,7 +11,7 @@ from typing import Any
 from framework._secrets import mask
 from framework.errors import LLMError
 from framework.graph.attempts import should_retry
-from framework.graph.calls import KEY, takes_key, tool_takes_key
+from framework.graph.calls import KEY, policy_for, takes_key, tool_takes_key
 from framework.graph.json_reply import parse_json_object
 from framework.graph.node_base import NodeContext, NodeProtocol, NodeResult, is_infrastructure_error
 from framework.graph.node_errors import failed_result
@@ -19,6 +19,7 @@ from framework.graph.spending import NOTHING, Spent
 from framework.graph.text import fill_placeholders, shorten, summary_of, text_of
 from framework.llm.calls import ask, ask_with_tools
 from framework.llm.json_schemas import schema_of_keys
+from framework.llm.provider import ToolPolicy
 from framework.llm.stops import stopped_short
 
 LLM_NOT_AVAILABLE = "LLM not available"
@@ -30,10 +31,17 @@ class FunctionNode(NodeProtocol):
     A node with input keys calls it with those that exist in the state (else in the input data); one without calls it
     with the whole input data. A parameter ``idempotency_key`` that is no input is given the step's own key. Sync
     functions run in the event loop's thread, as they may use it.
+
+    ``effects=True`` says that it changes something outside. ``policy`` says what becomes of a call that had begun
+    before a crash and has no recorded outcome, whatever ``effects`` is: "rerun" (as without either) calls again, "ask"
+    (as with effects) pauses the run until somebody settles it, "fail" raises `UnknownEffect`. With the last two a call
+    is recorded before it is made, and so is what it returned; what it changes in its arguments is not. Raises
+    ``ValueError`` for another policy.
     """
 
-    def __init__(self, func: Callable[..., Any]) -> None:
+    def __init__(self, func: Callable[..., Any], *, effects: bool = False, policy: ToolPolicy | None = None) -> None:
         self.func = func
+        self.policy = policy_for(getattr(func, "__name__", type(func).__name__), effects, policy)
 
     async def execute(self, ctx: NodeContext) -> NodeResult:
         """The function's return value as ``output["result"]``, and in the state under the node's output keys.
@@ -48,13 +56,19 @@ class FunctionNode(NodeProtocol):
             arguments = self._arguments(ctx)
             if KEY not in arguments and takes_key(self.func):
                 arguments[KEY] = ctx.idempotency_key
-            value = self.func(**arguments)
-            if inspect.isawaitable(value):
-                value = await value
+            value = await self._call(ctx, arguments)
             output = self._store(ctx, value)
         except Exception as error:  # noqa: BLE001 - becomes the failed result, or is raised again there
             return log.failed(error)
         return log.finished(NodeResult(success=True, output=output), summary_of(value))
+
+    async def _call(self, ctx: NodeContext, arguments: dict[str, Any]) -> Any:
+        if self.policy != "rerun" and ctx.journal is not None and ctx.journal.records:
+            from framework.graph.journal_calls import call_function  # noqa: PLC0415 - it needs the stores' modules
+
+            return await call_function(ctx.journal, ctx.node_id, self.func, arguments, self.policy)
+        value = self.func(**arguments)
+        return await value if inspect.isawaitable(value) else value
 
     def _arguments(self, ctx: NodeContext) -> dict[str, Any]:
         if not ctx.node_spec.input_keys:

@@ -6,12 +6,21 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from framework.llm.provider import ToolPolicy
 from framework.llm.threads import StepThreads, call
 
-__all__ = ["KEY", "StepThreads", "call", "takes_key", "tokens_of", "tool_takes_key"]
+__all__ = ["KEY", "StepThreads", "call", "policy_for", "takes_key", "tokens_of", "tool_takes_key"]
 
 KEY = "idempotency_key"
 """The parameter by which a function or a tool asks for its call's key."""
+
+
+def policy_for(name: str, effects: bool, policy: ToolPolicy | None) -> ToolPolicy:
+    """What becomes of calls of the function ``name`` that were cut off: its policy, else "ask" when it has effects and
+    "rerun" when not. Raises ``ValueError`` for another policy."""
+    if policy not in (None, "rerun", "ask", "fail"):
+        raise ValueError(f"Function {name!r}: policy is {policy!r}; it is one of rerun, ask, fail.")
+    return policy or ("ask" if effects else "rerun")
 
 
 def takes_key(function: Callable[..., Any]) -> bool:

@@ -192,7 +192,7 @@ def _end_document(storage: Storage, found: RunRecord) -> None:
         now = storage.find_run(found.run_id)
         # One that was taken up in between has a document of its new owner's, who may even have ended it.
         if now is not None and (now.state, now.sequence) == (RunState.CANCELLED, found.sequence + 1):
-            storage.save_run(document)
+            storage.save_run(document, now.token)
     except SurefootError as error:
         logger.warning("Run %r is cancelled, but its document does not say so: %s", found.run_id, mask_error(error))
 

@@ -174,9 +174,10 @@ class CheckpointManager:
         ``name`` is that of ``ctx.wait_for(name)`` or the id of a question of ``ctx.ask`` (see ``journal``). One value
         counts for one wait, the first. A signal goes to the first wait for it that is open, or, before the run's first
         wait for it, is kept for that. ``occurrence`` says which of the run's waits for the signal is meant, from 1,
-        begun or yet to come. Raises ``MessageRefused`` for a second value, one that comes too late (the wait timed out,
-        or its step is done), one that does not fit the question's schema, and when the run is completed or asks no such
-        question; ``RunNotFound``, ``UnstorableValue``, ``InvalidId``, ``StorageError``, ``ValueError``.
+        begun or yet to come. To the run of a plan: it is for the one of its sub-graphs that waits for it. Raises
+        ``MessageRefused`` for a second value, one that comes too late (the wait timed out, or its step is done), one
+        that does not fit the question's schema, and when the run is completed or asks no such question;
+        ``RunNotFound``, ``UnstorableValue``, ``InvalidId``, ``StorageError``, ``ValueError``.
         """
         send_value(self.storage, run_id, name, value, occurrence)
 
@@ -187,8 +188,9 @@ class CheckpointManager:
 
         ``call_id`` is that of ``journal``. ``done`` is what the call is answered, of a tool its text; ``redo`` makes it
         again, with the same idempotency key; ``skip`` answers ``None`` (a tool's model is told that it was not made)
-        without making it. Raises ``ValueError`` unless exactly one is given, ``MessageRefused`` for a call that is not
-        unknown, is settled already or belongs to a run that is running or completed; ``RunNotFound``, ``StorageError``.
+        without making it. Of a plan's run it may be a call of a sub-graph that the plan waits with. Raises
+        ``ValueError`` unless exactly one is given, ``MessageRefused`` for a call that is not unknown, is settled
+        already or belongs to a run that is running or completed; ``RunNotFound``, ``StorageError``.
         """
         given = [name for name, each in (("done", done is not NOT_GIVEN), ("redo", redo), ("skip", skip)) if each]
         if len(given) != 1:

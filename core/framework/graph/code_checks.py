@@ -11,6 +11,8 @@ import builtins
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from framework.graph.parsing import parse_code, parse_expression
+
 MAX_CODE_CHARS = 10_000
 MAX_NAMES = 256
 """Of variables that one piece of code assigns at top level, since each is read back."""
@@ -55,7 +57,7 @@ def check_code(
         checked.problems.append(f"the code has {len(code)} characters; at most {MAX_CODE_CHARS} are allowed")
         return checked
     try:
-        tree = ast.parse(code.strip() if is_expression else code, mode="eval" if is_expression else "exec")
+        tree = parse_expression(code.strip()) if is_expression else parse_code(code)
     except SyntaxError as error:
         checked.problems.append(f"SyntaxError: {error.msg} (line {error.lineno})")
         checked.is_syntax_error = True

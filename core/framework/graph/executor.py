@@ -12,7 +12,7 @@ from typing import Any
 from framework._secrets import mask_error, masked_traceback
 from framework.errors import LeaseLost, ResumeError, StorageError, SurefootError, UnstorableValue
 from framework.graph import planner
-from framework.graph.budget import RunBudget
+from framework.graph.budget import PartAccount, RunBudget, part_account
 from framework.graph.builtin_nodes import FunctionNode, LLMNode, RouterNode
 from framework.graph.cancelling import lets_go
 from framework.graph.checkpoint_manager import CheckpointManager
@@ -29,6 +29,7 @@ from framework.graph.run_opening import Definition, Restored
 from framework.graph.run_parts import Ending
 from framework.graph.run_session import Opened
 from framework.graph.runtime_port import RuntimePort
+from framework.llm.provider import ToolPolicy
 from framework.schemas.checkpoint import ExecutorType
 from framework.schemas.run import RunState
 from framework.storage import codec
@@ -96,9 +97,15 @@ class GraphExecutor:
         """Use ``implementation`` for the node ``node_id``."""
         self.node_registry[node_id] = implementation
 
-    def register_function(self, node_id: str, func: Callable[..., Any]) -> None:
-        """Use a function, synchronous or asynchronous, for the node ``node_id``."""
-        self.node_registry[node_id] = FunctionNode(func)
+    def register_function(
+        self, node_id: str, func: Callable[..., Any], *, effects: bool = False, policy: ToolPolicy | None = None
+    ) -> None:
+        """Use a function, synchronous or asynchronous, for the node ``node_id``.
+
+        ``effects`` says that it changes something outside, ``policy`` ("rerun", "ask", "fail") what becomes of a call
+        that was cut off: see `FunctionNode`. Raises ``ValueError`` for another policy.
+        """
+        self.node_registry[node_id] = FunctionNode(func, effects=effects, policy=policy)
 
     async def execute(
         self,
@@ -133,17 +140,19 @@ class GraphExecutor:
         wrong = _session_problem(session_state)
         if wrong is not None:
             return ExecutionResult(False, error=wrong, run_id=run_id)
-        return await _Execution(
-            self,
-            graph,
-            goal,
-            dict(input_data or {}),
-            dict(session_state or {}),
-            run_id,
-            parent_run_id,
-            metadata,
-            budget,
-        ).run()
+        with part_account() as whole:
+            return await _Execution(
+                self,
+                graph,
+                goal,
+                dict(input_data or {}),
+                dict(session_state or {}),
+                run_id,
+                parent_run_id,
+                metadata,
+                budget,
+                whole,
+            ).run()
 
     # --- what a run asks of its executor (graph_run.NodeSource) ---------------------------------------------------
 
@@ -165,7 +174,7 @@ class GraphExecutor:
         return LLMNode(tool_executor=self.tool_executor)
 
     def context_for(self, spec: NodeSpec, memory: SharedMemory) -> NodeContext:
-        """What every attempt of the node is given by this executor."""
+        """What every attempt of the node is given by this executor; a new one each time, for the run to complete."""
         return NodeContext(
             runtime=self.runtime,
             node_id=spec.id,
@@ -214,9 +223,11 @@ class _Execution:
         parent_run_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
         budget: RunBudget | None = None,
+        whole: PartAccount | None = None,
     ) -> None:
         self._executor = executor
         self._budget = budget
+        self._whole = whole
         self._parent_run_id = parent_run_id
         self._metadata = metadata
         self._graph = graph
@@ -261,6 +272,7 @@ class _Execution:
             assert opened.restored is not None
             return self._stored_result(opened.restored)
         try:
+            self._port.fence(opened.session.token)
             if self._named:
                 await self._start_record(opened.restored)
             return await self._drive(self._fresh(start, opened), opened.restored)
@@ -384,6 +396,9 @@ class _Execution:
             memory=memory,
         )
         run.journals.budget = self._budget if self._budget is not None else _recorded_budget(restored)
+        if self._whole is not None:
+            run.journals.whole = self._whole
+            self._whole.attach(lambda: run.spent + run.journals.unfinished, resumed=restored is not None)
         return run
 
     # --- driving ------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from framework.errors import ExpressionError
 from framework.graph import expression_values as values
 from framework.graph.expression_values import Budget, Refused
+from framework.graph.parsing import parse_expression
 
 MAX_TEXT_CHARS = 4096
 MAX_DEPTH = 64
@@ -123,7 +124,7 @@ def _compile(text: str) -> Expression:
         raise ExpressionError("The condition is empty.")
     indent = len(text) - len(text.lstrip())
     try:
-        tree = ast.parse(stripped, mode="eval")
+        tree = parse_expression(stripped)
     except SyntaxError as error:
         column = (error.offset or 1) + (indent if (error.lineno or 1) == 1 else 0)
         hint = next((f" Write {word!r} for {sign!r}." for sign, word in _FOREIGN.items() if sign in text), "")
@@ -278,6 +279,8 @@ class _Evaluation:
         return self._is_true(node, self.value(node))
 
     def _is_true(self, node: ast.expr, value: Any) -> bool:
+        if type(value) is bool:
+            return value
         return bool(self._translated(node, partial(bool, value)))
 
     def _name(self, node: ast.expr, name: str) -> Any:

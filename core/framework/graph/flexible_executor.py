@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from framework.errors import ResumeError
-from framework.graph.budget import RunBudget
+from framework.graph.budget import RunBudget, part_account
 from framework.graph.checkpoint_manager import CheckpointManager
 from framework.graph.code_sandbox import CodeSandbox
 from framework.graph.goal import Goal
@@ -24,9 +24,9 @@ from framework.graph.plan import (
 from framework.graph.plan_answers import answer_approval, pending_approvals, stored_state
 from framework.graph.plan_execution import PlanExecution
 from framework.graph.plan_planner import problems_of, problems_of_names
-from framework.graph.plan_run import Limits
+from framework.graph.plan_terms import Limits
 from framework.graph.worker_node import WorkerNode
-from framework.llm.provider import Tool
+from framework.llm.provider import Tool, ToolPolicy
 from framework.schemas.checkpoint import StepRecord
 
 
@@ -103,9 +103,17 @@ class FlexibleGraphExecutor:
         """The tools by name."""
         return self.worker.tools
 
-    def register_function(self, name: str, function: Callable[..., Any]) -> None:
-        """Let steps call ``function``, sync or async, under ``name``. One that is sync runs in a thread."""
-        self.worker.register_function(name, function)
+    def register_function(
+        self, name: str, function: Callable[..., Any], *, effects: bool = False, policy: ToolPolicy | None = None
+    ) -> None:
+        """Let steps call ``function``, sync or async, under ``name``. One that is sync runs in a thread.
+
+        ``effects=True`` says that it changes something outside. ``policy`` says what becomes of a call that had begun
+        before a crash and has no recorded outcome, whatever ``effects`` is: "rerun" (as without either) calls again,
+        "ask" (as with effects) pauses the run until somebody settles it, "fail" fails the step. With the last two a
+        call is recorded before it is made, and so is what it returned. Raises ``ValueError`` for another policy.
+        """
+        self.worker.register_function(name, function, effects=effects, policy=policy)
 
     def register_tool(self, tool: Tool) -> None:
         """Let steps use ``tool``."""
@@ -148,8 +156,9 @@ class FlexibleGraphExecutor:
         differ from the run's original ones are written over its context. ``metadata`` are small facts about a new run,
         as JSON values, kept for its life and shown where runs are listed. ``budget`` limits what the run may spend in
         all; it is recorded, and counts for later calls until one gives another. A run that has used it up fails, and
-        goes on with a larger one. A run whose process ended within a tool call with effects pauses until the call is
-        settled by ``CheckpointManager.settle``.
+        goes on with a larger one; what sub-graphs take counts. A run whose process ended within a call with effects, of
+        a tool or a function, pauses until the call is settled by ``CheckpointManager.settle``, and one whose sub-graph
+        waits pauses with that.
 
         Whatever steps, judge and callback do is in the result. Raises ``ValueError`` without a plan or a stored one,
         ``RunBusy``, ``RunNotFound``, ``DefinitionChanged``, ``ResumeError``, ``InvalidId``, ``UnknownType`` before
@@ -163,10 +172,11 @@ class FlexibleGraphExecutor:
         if problems:
             text = "Invalid plan: " + "; ".join(problems)
             return PlanExecutionResult(status=ExecutionStatus.FAILED, error=text, run_id=run_id)
-        execution = PlanExecution(
-            self, self._manager(), plan, goal, dict(context or {}), run_id, replan, metadata, budget
-        )
-        return await execution.run()
+        with part_account() as whole:
+            execution = PlanExecution(
+                self, self._manager(), plan, goal, dict(context or {}), run_id, replan, metadata, budget, whole
+            )
+            return await execution.run()
 
     async def answer_approval(
         self, run_id: str, step_id: str, answer: ApprovalResult, request_id: str | None = None

@@ -135,7 +135,7 @@ def _first_commit(run: RunRecord, place: _Place, changed: Mapping[str, bytes], n
         sequence=row.sequence + 1,
         record=codec.encode([record], "record"),
         checkpoint_id=new_checkpoint_id(name, node, row.sequence + 1),
-        checkpoint=codec.encode(made, "checkpoint"),
+        checkpoint=stored.encode_parsed(made),
         chunks=chunks,
         state=RunState.PAUSED,
         # The copy has the other run's id in its own; and going back to it would lose the changes without a word.

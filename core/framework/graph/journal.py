@@ -79,6 +79,7 @@ class AttemptJournal(Turns):
             found.counted,
             damaged=found.damaged,
             void=list(found.stale),
+            furthest=found.furthest,
         )
         if stale:
             unsure = [rows_of.call_id(self.step, row["n"]) for row in found.lost.values()]
@@ -99,7 +100,7 @@ class AttemptJournal(Turns):
     async def over(self) -> None:
         """The node returned or raised: raise ``Suspended`` if it waits, or a store's error that it may have hidden."""
         if self._waits:
-            await self._others_in_flight()
+            await self._others_in_flight(self._patience())
             self._closed = True
             raise Suspended(self._waits)
         if self._error is not None:
@@ -131,7 +132,7 @@ class AttemptJournal(Turns):
         record of the run says that it counts the calls up to ``of.last``, so nothing is lost if there never is one.
         """
         self._let_go(RunError(self.of.run_id, f"This attempt of step {self.step!r} is over."))
-        await self._others_in_flight()
+        await self._others_in_flight(IN_FLIGHT_SECONDS)
         self._closed = True
         of = self.of
         if of.store is None or not of.written:
@@ -155,7 +156,7 @@ class AttemptJournal(Turns):
         flight."""
         self._error = self._error or error
         self._let_go(self._error)
-        await self._others_in_flight()
+        await self._others_in_flight(self._patience())
         self._closed = True
 
     def close(self) -> None:
@@ -184,8 +185,8 @@ class AttemptJournal(Turns):
 
         return Spent(taken("tokens"), reported.latency_ms, taken("output_tokens"), taken("cost"))
 
-    async def _others_in_flight(self) -> None:
-        """Wait for calls that other tasks are making: what they come to is still recorded."""
+    async def _others_in_flight(self, seconds: float | None) -> None:
+        """Wait so long, or until they end, for calls that other tasks are making: what they come to is recorded."""
         parts = self._parts
         if parts is None:
             return
@@ -193,12 +194,11 @@ class AttemptJournal(Turns):
             if not parts.unfinished:
                 return
             parts.idle = Future()
-        try:
-            async with asyncio.timeout(IN_FLIGHT_SECONDS):
-                await asyncio.wrap_future(parts.idle)
-        except TimeoutError:
-            names = ", ".join(sorted({call.key.name for call in parts.unfinished}))
-            self.problems.append(f"Step {self.step!r} is over, but calls that it had begun still run: {names}.")
+        if not await self._done(parts.idle, seconds):
+            self.problems.append(
+                f"Step {self.step!r} is over, but calls that it had begun still run, and are not recorded: "
+                f"{self._in_flight()}."
+            )
 
     # --- calls --------------------------------------------------------------------------------------------------
 
@@ -216,7 +216,7 @@ class AttemptJournal(Turns):
             raise
 
     async def _call(self, name: str, request: str, make: Callable[[str], Awaitable[T]], spec: CallSpec) -> T:
-        call = await self.meet("call", name, request, spec.policy)
+        call = await self.meet("call", name, request, spec.policy, spec.key)
         try:
             work = self._work(call, spec)
             item = next(work)
@@ -254,7 +254,7 @@ class AttemptJournal(Turns):
             raise
 
     def _call_blocking(self, name: str, request: str, make: Callable[[str], T], spec: CallSpec) -> T:
-        call = self._arrived("call", name, request, spec.policy)
+        call = self._arrived("call", name, request, spec.policy, spec.key)
         try:
             self._its_turn_blocking(call)
             work = self._work(call, spec)
@@ -429,7 +429,7 @@ class AttemptJournal(Turns):
                 call.arrival.made = True
             if self._closed:
                 return  # a thread that nobody waits for any more: its attempt is over, another may have begun
-            row = self._row(call, state, more)
+            row = self._row(parts, call, state, more)
             listed = [each for number, each in parts.unlisted.items() if number != call.number]
             void = list(parts.void)
             call.begun += [each.listed() for each in listed]
@@ -441,7 +441,10 @@ class AttemptJournal(Turns):
             if call.settles is not None:
                 row["settled"] = [call.settles]
             of.written = True
-            future = store.write_journal([JournalRow(of.step, call.number, encoded(row, call.key.name))])
+            # One that a process before had as well, such as a call made anew on another way, is no progress.
+            further = state in rows_of.ANSWERED and parts.got > parts.furthest
+            written = JournalRow(of.step, call.number, encoded(row, call.key.name))
+            future = store.write_journal([written], progress=further)
             if state == "intent":
                 parts.intents[call.number] = {**row, "n": call.number}
             else:
@@ -461,15 +464,17 @@ class AttemptJournal(Turns):
             if call.settles is not None:
                 parts.lost.pop(call.key, None)
 
-    def _row(self, call: Call, state: str, more: Mapping[str, Any]) -> Row:
+    def _row(self, parts: Parts, call: Call, state: str, more: Mapping[str, Any]) -> Row:
         of, at = self.of, call.arrival
-        if state in rows_of.ANSWERED:
-            of.ended += 1
+        is_answered = state in rows_of.ANSWERED
+        of.ended += is_answered
+        parts.got += is_answered
         optional = {
             "lane": at.lane,
             "idx": at.index,
             "after": call.after,
-            "end": of.ended if state in rows_of.ANSWERED else 0,
+            "end": of.ended if is_answered else 0,
+            "got": parts.got if is_answered and parts.got != of.ended else 0,
             "in": call.outer.number if call.outer is not None else None,
             "loose": call.loose,
             "assumed": call.assumed,

@@ -17,12 +17,13 @@ from framework.graph import journal_rows as rows_of
 from framework.graph import journal_slots as slots
 from framework.graph.answer_schema import problem_of
 from framework.graph.journal_rows import CallRecord, Row
-from framework.graph.readable import plain_json
 from framework.graph.run_records import finished_steps
 from framework.graph.stored_run import readable_body
 from framework.graph.suspension import Waiting
+from framework.schemas.checkpoint import ExecutorType
 from framework.schemas.run import RunState
 from framework.storage import codec
+from framework.storage.checkpoints import plain_records
 from framework.storage.interface import Storage
 from framework.storage.ownership import effective_state
 from framework.storage.records import Damage, RunRecord
@@ -47,10 +48,32 @@ def read_calls(storage: Storage, run_id: str) -> list[CallRecord]:
 
 def _asked_to_settle(storage: Storage, run_id: str) -> frozenset[str]:
     """The messages that settle what held steps of a run wait for, as its newest checkpoint tells."""
+    waits = _held_for(storage, run_id)
+    return frozenset(each.message for each in waits if each.kind == "settle" and not each.run)
+
+
+def _held_for(storage: Storage, run_id: str) -> list[Waiting]:
+    """What held steps of a run wait for, as its newest checkpoint tells."""
     row = next(iter(storage.read_checkpoint_rows(run_id, limit=1)), None)
     position = (readable_body(row).get("position") or {}) if row is not None else {}
-    waits = [Waiting.from_json(each) for listed in (position.get("waits") or {}).values() for each in listed]
-    return frozenset(each.message for each in waits if each.kind == "settle")
+    return [Waiting.from_json(each) for listed in (position.get("waits") or {}).values() for each in listed]
+
+
+def part_that_waits(storage: Storage, run_id: str, name: str) -> str | None:
+    """The part of a run, as of a plan's sub-graph, that waits for the signal, the question or the call ``name``; the
+    run's steps wait for it. ``None`` when none does. Raises ``MessageRefused`` when several do, and ``StorageError``.
+    """
+    found = sorted({each.run for each in _held_for(storage, run_id) if each.run and _name_of(each) == name})
+    if len(found) > 1:
+        listing = ", ".join(map(repr, found))
+        raise MessageRefused(
+            run_id, name, f"several of its sub-graphs' runs wait for it; name the one meant: {listing}."
+        )
+    return found[0] if found else None
+
+
+def _name_of(waiting: Waiting) -> str:
+    return waiting.name if waiting.kind in ("signal", "answer", "settle") else ""
 
 
 def send_value(storage: Storage, run_id: str, name: str, value: Any, occurrence: int | None = None) -> None:
@@ -69,6 +92,12 @@ def send_value(storage: Storage, run_id: str, name: str, value: Any, occurrence:
             "the run is cancelled and waits for nothing. To have it go on all the same, resume it (surefoot resume, or "
             "the executor's next call), and send the value once it waits.",
         )
+    if run.executor_type == ExecutorType.FLEXIBLE.value:  # a plan's own steps wait for no values
+        part = part_that_waits(storage, run_id, name)
+        if part is None:
+            raise MessageRefused(run_id, name, f"no sub-graph of the plan waits for it. {_parts_open(storage, run_id)}")
+        send_value(storage, part, name, value, occurrence)
+        return
     body = codec.encode(value, "value")
     if slots.QUESTION.search(name):
         message = _answered(storage, run_id, name, value)
@@ -163,7 +192,7 @@ def _waits_for(storage: Storage, run_id: str, name: str) -> tuple[dict[int, byte
 
 
 def _finished(storage: Storage, run_id: str) -> set[str]:
-    records = [record for row in storage.read_log(run_id) for record in plain_json(row.record)]
+    records = [record for row in storage.read_log(run_id) for record in plain_records(row)]
     return finished_steps(records)
 
 
@@ -189,7 +218,14 @@ def settle_call(storage: Storage, run_id: str, call_id: str, action: str, value:
                 return
             if each.id == call_id:
                 raise MessageRefused(run_id, call_id, f"what became of this call is known: it is {each.state!r}.")
+    part = part_that_waits(storage, run_id, call_id)
+    if part is not None:
+        settle_call(storage, part, call_id, action, value)
+        return
     unknown = [each.id for each in read_calls(storage, run_id) if each.state == "unknown"]
+    unknown += [
+        f"{each.name} of run {each.run!r}" for each in _held_for(storage, run_id) if each.kind == "settle" and each.run
+    ]
     listing = f"Those that are: {', '.join(unknown)}." if unknown else "It has none."
     raise MessageRefused(run_id, call_id, f"the run has no such call whose effect is unknown. {listing}")
 
@@ -214,3 +250,11 @@ def _open(storage: Storage, run_id: str) -> str:
         str(each.answers_to) for each in read_calls(storage, run_id) if each.kind == "ask" and each.state == "waiting"
     ]
     return f"Open: {', '.join(waiting)}." if waiting else "It has none."
+
+
+def _parts_open(storage: Storage, run_id: str) -> str:
+    """What the runs of a plan's sub-graphs wait for, for an error."""
+    waits = [each for each in _held_for(storage, run_id) if each.run and each.kind in ("signal", "answer")]
+    listing = ", ".join(f"{each.name!r} (run {each.run!r})" for each in waits)
+    early = f"A value for one that does not wait yet is sent to its own run, like '{run_id}/<step>#1'."
+    return f"Open: {listing}. {early}" if listing else f"None waits for a value. {early}"

@@ -1,4 +1,4 @@
-"""``ctx.call``: a function of the program as a call of its step's journal."""
+"""Functions of the program as calls of their step's journal: those of ``ctx.call``, and those that are a whole step."""
 
 from __future__ import annotations
 
@@ -52,6 +52,23 @@ async def call(
     named = {key: value for key, value in kwargs.items() if key != KEY}
     request = request_hash([list(args), dict(sorted(named.items()))], f"the arguments of ctx.call({name!r})")
     return await journal.call(name, request, make, CallSpec(policy or "rerun"))
+
+
+async def call_function(
+    journal: AttemptJournal, name: str, function: Callable[..., Any], arguments: Mapping[str, Any], policy: Policy
+) -> Any:
+    """A function that is all that its step does, with effects: a call of the journal, with the step's own key.
+
+    A sync one runs in the event loop's thread. Raises as ``AttemptJournal.call``, and what ``function`` raises.
+    """
+
+    async def make(key: str) -> Any:
+        value = function(**arguments)
+        return await value if inspect.isawaitable(value) else value
+
+    given = {key: value for key, value in sorted(arguments.items()) if key != KEY}
+    request = request_hash(given, f"the arguments of function {name!r}")
+    return await journal.call(f"function:{name}", request, make, CallSpec(policy, key=journal.of.key))
 
 
 async def _run(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -168,7 +168,7 @@ class JournaledLLM:
         taken, gate = Spent.of_reply(reply), self._gate
         if gate is not None:
             unpriced = None
-            if getattr(reply, "cost", None) is None and gate.budget.max_cost is not None:
+            if getattr(reply, "cost", None) is None and gate.limits_cost:
                 unpriced = _text(getattr(reply, "model", "")) or self._model() or "unknown"
                 self._journal.problems.append(
                     f"What model {unpriced!r} costs is not known, so the run's max_cost cannot be kept: no further "

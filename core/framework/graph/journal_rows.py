@@ -3,10 +3,11 @@
 A row is JSON of the codec with ``kind`` "call", "sleep", "wait", "ask" or "mark". All but marks name a call: ``n`` its
 number in the step, ``name``, ``request`` (a hash) and ``occ`` its key, ``lane``, ``idx``, ``after``, ``in`` (the call
 around it) and ``loose`` how it was made (see ``replay.Begun``; what is empty or zero is left out); ``state`` what is
-known of it, of answered ones with ``end``; ``at`` when (seconds since the epoch). ``begun`` lists calls without a row
-of their own, as ``[n, name, request, occ, lane, idx, after, in, loose]``, so that a resume knows what was in flight.
-``void`` are numbers that no longer count, because the step took another way, and ``settled`` numbers of lost effects
-that this row takes the place of. ``given`` is a hash of what the step was given, where that was not committed.
+known of it, of answered ones with ``end``; ``at`` when (seconds since the epoch). ``got`` is how many answers the way
+of the step had then, where that is not ``end``, which counts those that were dropped too. ``begun`` lists calls without
+a row of their own, as ``[n, name, request, occ, lane, idx, after, in, loose]``, so that a resume knows what was in
+flight. ``void`` are numbers that no longer count, because the step took another way, and ``settled`` numbers of lost
+effects that this row takes the place of. ``given`` is a hash of what the step was given, where that was not committed.
 ``assumed`` says that this may be the effect that a damaged row was of. A mark says that the attempt before it failed by
 itself: calls with smaller numbers count no more (``cleared``), or they do but those that raised are made again.
 """
@@ -72,6 +73,7 @@ class Journaled:
     many answers had come. ``spent`` is what all questions to models took that no attempt's record counts; ``counted``
     are the numbers of calls whose tokens one does. ``stale`` are the numbers of calls that were made for something else
     that the step was given. ``damaged`` is how many rows cannot be read and may have been intents of effects.
+    ``furthest`` is how many answers any process had on its way through this attempt.
     """
 
     calls: Sequence[Begun[Row]] = ()
@@ -83,6 +85,7 @@ class Journaled:
     ended: int = 0
     stale: frozenset[int] = frozenset()
     damaged: int = 0
+    furthest: int = 0
 
 
 def are_alike(one: Row, other: Row) -> bool:
@@ -180,7 +183,14 @@ def fold(rows: Sequence[Row], counted: int = 0, stale: Container[int] = ()) -> J
         ended=max((row.get("end", 0) for row in told), default=0),
         stale=frozenset(old),
         damaged=max(0, sum(row["kind"] == "damaged" for row in rows) - sum("assumed" in row for row in told)),
+        furthest=max((got_of(row) for row in told if row["n"] >= cleared), default=0),
     )
+
+
+def got_of(row: Mapping[str, Any]) -> int:
+    """How many answers the way of the step had with the one that a row is of; 0 for one that is not answered."""
+    got: int = row.get("got", row.get("end", 0))
+    return got
 
 
 def _begun(row: Row, tried_again: int) -> Begun[Row]:

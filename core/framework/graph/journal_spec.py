@@ -62,7 +62,8 @@ class JournalStore(Protocol):
     def stops_on_error(self) -> bool:
         """Whether a refused row ends the run; otherwise it is reported and the run goes on without it."""
 
-    def write_journal(self, rows: Sequence[JournalRow]) -> Future[None]: ...
+    def write_journal(self, rows: Sequence[JournalRow], *, progress: bool = False) -> Future[None]:
+        """``progress`` says that the step got further than any process before had brought it."""
 
     def read_journal(self, step: str) -> Future[list[JournalRow]]:
         """A step's rows. One that is damaged is there with an empty record."""
@@ -80,7 +81,7 @@ class CallSpec:
     ``settled`` makes the data of a call that a person settled, of "done" or "skip" and the value given. ``before`` lets
     the call out when it is really made, not when it is answered from the journal: given whether it is made inside
     another call that was let out, it yields futures to be waited for, may raise, and returns what is called once the
-    call is over and counted.
+    call is over and counted. ``key`` is its idempotency key where that is not one of its own.
     """
 
     policy: Policy = "rerun"
@@ -89,6 +90,7 @@ class CallSpec:
     spent: Callable[[Any], Spent] | None = None
     settled: Callable[[str, Any], Any] = lambda action, value: value
     before: Callable[[bool], Generator[Future[None], None, Callable[[], None]]] | None = None
+    key: str | None = None
 
 
 @dataclass(eq=False, slots=True)

@@ -6,6 +6,8 @@ See ``replay`` for the rules. This is their other half: tasks and threads, waiti
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import threading
 import time
 from concurrent.futures import Future, InvalidStateError
@@ -20,7 +22,10 @@ from framework.graph.journal_rows import POLICIES, Policy, Row
 from framework.graph.journal_spec import Call, StepJournal, hash_of
 from framework.graph.replay import CallKey, Lane, Replay
 from framework.graph.suspension import Suspended, Waiting
+from framework.graph.time_limit import TimeLimit
 from framework.llm import threads
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -31,7 +36,8 @@ class Parts:
     flight, ``held`` those of them that wait for their turn. ``unlisted`` are calls that no durable row tells of,
     ``intents`` effects begun here and not ended. ``refused`` says that an unknown effect was met. ``damaged`` counts
     rows that cannot be read, and may have been intents of effects; ``dropped`` those records that were told of.
-    ``given`` was given its answer and has not gone on with it yet.
+    ``given`` was given its answer and has not gone on with it yet. ``got`` is how many answers the attempt has,
+    ``furthest`` how many an earlier process had on its way through it.
     ``leaving`` are those that are to be told that the step is suspended, each with the call that it is made in, and
     ``quiet`` the futures they wait for.
     """
@@ -50,6 +56,8 @@ class Parts:
     dropped: int = 0
     idle: Future[None] | None = None
     given: Call | None = None
+    got: int = 0
+    furthest: int = 0
     leaving: dict[object, Call | None] = field(default_factory=dict)
     quiet: list[Future[None]] = field(default_factory=list)
 
@@ -60,7 +68,12 @@ class Parts:
 
 
 IN_FLIGHT_SECONDS = 30.0
-"""How long an attempt that is over or suspended waits for calls that other tasks of it are still making."""
+"""How often it is told that an attempt waits for calls that other tasks of it are still making; and how long a failed
+one waits for them, or one whose time limit is used up."""
+
+LEAVE_SECONDS = 600.0
+"""How long a task that suspends its step waits, without a time limit, for what other tasks are making. Not for ever: it
+may hold a lock that one of these needs. As long as the clients of models wait for a reply unless they are told."""
 
 
 class Turns:
@@ -77,6 +90,8 @@ class Turns:
         self._waits: list[Waiting] = []
         self._parts: Parts | None = None
         self._moved = 0.0
+        self.limit: TimeLimit | None = None
+        """The time limit under which the attempt works, if there is one, its own or one around."""
         self._lock = threading.Lock()
 
     def suspend(self, waiting: Waiting) -> NoReturn:
@@ -88,23 +103,28 @@ class Turns:
         self._let_go(Suspended(self._waits))
         raise Suspended([waiting])
 
+    @property
+    def is_suspended(self) -> bool:
+        """Whether the step is being suspended: whatever else waits now need not stay in the process."""
+        return bool(self._waits)
+
     async def left(self) -> None:
-        """Wait until nothing but waits is in flight, for a time: before a task hears that the step is suspended.
+        """Wait until nothing but waits is in flight: before a task hears that the step is suspended.
 
         A task group then stops its other tasks: what they were about to wait for would be lost, and what was being made
-        would not be recorded.
+        would be paid for and not recorded. The time limit of the step ends this like any other work of it; without one
+        it ends after ``LEAVE_SECONDS``.
         """
         with self._lock:
             token, future = self._leave()
+        until = time.monotonic() + LEAVE_SECONDS if self._patience() is None else None
         try:
-            async with asyncio.timeout(IN_FLIGHT_SECONDS):
-                while future is not None:
-                    await asyncio.wrap_future(future)
-                    await asyncio.sleep(0)  # the task whose call was the last may go on to another one
-                    with self._lock:
-                        future = self._unquiet()
-        except TimeoutError:
-            return  # what is in flight then is told of by `over`
+            while future is not None:
+                if not await self._done(future, until - time.monotonic() if until is not None else None):
+                    return  # what is in flight then is waited for by `over`, if it was not stopped
+                await asyncio.sleep(0)  # the task whose call was the last may go on to another one
+                with self._lock:
+                    future = self._unquiet()
         finally:
             with self._lock:
                 self._is_gone(token)
@@ -119,17 +139,56 @@ class Turns:
             return
         with self._lock:
             token, future = self._leave()
-        until = time.monotonic() + IN_FLIGHT_SECONDS
+        begun = told = time.monotonic()
+        until = begun + LEAVE_SECONDS if self._patience() is None else math.inf
         try:
-            while future is not None and (seconds := until - time.monotonic()) > 0:
+            while future is not None and not self._closed and (seconds := until - time.monotonic()) > 0:
                 threads.check_wanted()
                 with suppress(TimeoutError):
                     future.result(min(seconds, 0.1))
                     with self._lock:
                         future = self._unquiet()
+                if time.monotonic() - told >= IN_FLIGHT_SECONDS:
+                    told = time.monotonic()
+                    self._tell_in_flight()
         finally:
             with self._lock:
                 self._is_gone(token)
+
+    def _patience(self) -> float | None:
+        """How many seconds more this attempt, which is suspended, waits for what is in flight: as its time limit
+        allows, but long enough for what is nearly done. ``None`` is until it ends."""
+        left = self.limit.left() if self.limit is not None else None
+        return max(left, IN_FLIGHT_SECONDS) if left is not None else None
+
+    async def _done(self, future: Future[None], seconds: float | None) -> bool:
+        """Wait for ``future``, and tell now and then for what; ``False`` when it is not done in so many seconds."""
+        until = time.monotonic() + seconds if seconds is not None else math.inf
+        waiter = asyncio.wrap_future(future)
+        try:
+            while True:
+                left = until - time.monotonic()
+                done, _ = await asyncio.wait({waiter}, timeout=max(0.0, min(left, IN_FLIGHT_SECONDS)))
+                if done or left <= IN_FLIGHT_SECONDS:
+                    return bool(done)
+                self._tell_in_flight()
+        finally:
+            waiter.cancel()
+
+    def _in_flight(self) -> str:
+        """The names of the calls in flight."""
+        with self._lock:
+            unfinished = list(self._parts.unfinished) if self._parts is not None else []
+        return ", ".join(sorted({call.key.name for call in unfinished}))
+
+    def _tell_in_flight(self) -> None:
+        logger.warning(
+            "Step %r of run %r is over or suspended, and waits for calls that it is still making, to record them: %s. "
+            "NodeSpec.timeout_seconds limits how long.",
+            self.step,
+            self.of.run_id,
+            self._in_flight(),
+        )
 
     def _leave(self) -> tuple[object, Future[None] | None]:
         parts = self._parts
@@ -177,10 +236,10 @@ class Turns:
             if self._waits:
                 self._waits.append(waiting)
 
-    async def meet(self, kind: str, name: str, request: str, policy: Policy = "rerun") -> Call:
+    async def meet(self, kind: str, name: str, request: str, policy: Policy = "rerun", key: str | None = None) -> Call:
         """Begin a call: give it its number, its key and what is recorded of it, once it is its turn. To be followed by
-        ``end``."""
-        call = self._arrived(kind, name, request, policy)
+        ``end``. ``key`` is its idempotency key, where that is not to be one of its own."""
+        call = self._arrived(kind, name, request, policy, key)
         try:
             await self._its_turn(call)
         except BaseException:
@@ -188,7 +247,7 @@ class Turns:
             raise
         return call
 
-    def _arrived(self, kind: str, name: str, request: str, policy: Policy) -> Call:
+    def _arrived(self, kind: str, name: str, request: str, policy: Policy, key: str | None = None) -> Call:
         if policy not in POLICIES:
             raise ValueError(f"Call {name!r}: the policy is {policy!r}; it is one of {', '.join(POLICIES)}.")
         with self._lock:
@@ -211,11 +270,25 @@ class Turns:
             if place is not None:
                 place_now.set(replace(place, at=lane.count))
             self._note_left(parts, name)
-            key = f"{self.of.key}/{name}#{arrival.key.request[:12]}#{arrival.key.occurrence}"
+            key = key or f"{self.of.key}/{name}#{arrival.key.request[:12]}#{arrival.key.occurrence}"
             call = Call(self.step, arrival, kind, policy, key, parts.replay.after(self.of.ended), outer, loose)
             parts.unfinished[call] = None
             self._hold(parts, call)
+        if self.limit is not None:
+            self.limit.look()
         return call
+
+    def works(self) -> bool:
+        """Whether calls are in flight that are neither waits nor around one."""
+        with self._lock:
+            unfinished = list(self._parts.unfinished) if self._parts is not None else []
+        around: set[Call] = set()
+        for call in unfinished:
+            outer = call.outer if call.kind != "call" else None
+            while outer is not None and outer not in around:
+                around.add(outer)
+                outer = outer.outer
+        return any(call.kind == "call" and call not in around for call in unfinished)
 
     def _check_open(self, kind: str, name: str) -> None:
         if self._closed:
@@ -276,6 +349,7 @@ class Turns:
                 moved = True
                 if turn == "answer":
                     call.row = parts.replay.give(call.arrival)
+                    parts.got = max(parts.got + 1, rows_of.got_of(call.row))  # with those inside it
                     parts.rows.pop(call.number, None)
                     call.answered = True
                     parts.given = call if call.turn is not None else None
@@ -409,6 +483,8 @@ class Turns:
             self._tell_quiet(parts)
             if not parts.unfinished and parts.idle is not None and not parts.idle.done():
                 parts.idle.set_result(None)
+        if self.limit is not None:
+            self.limit.look()
 
 
 def unsure_text(ids: list[str]) -> str:

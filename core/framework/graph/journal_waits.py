@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from framework.graph.answer_schema import Expected
 from framework.graph.journal import AttemptJournal, Call, JournalStore, request_hash
 from framework.graph.run_commits import wait_for as until_done
 from framework.graph.suspension import Suspended, Waiting
+from framework.graph.time_limit import waiting as waits_in_process
 from framework.storage import codec
 from framework.storage.records import JournalRow, Message
 
@@ -50,7 +50,8 @@ async def sleep(journal: AttemptJournal, seconds: float) -> None:
         raise ValueError(f"sleep: seconds is {seconds!r}; it has to be a number, 0 or more.")
     of = journal.of
     if of.store is None:
-        await asyncio.sleep(seconds)
+        with waits_in_process(journal.limit):
+            await asyncio.sleep(seconds)
         return
     call = await journal.meet("sleep", "sleep", request_hash(float(seconds), "seconds"))
     try:
@@ -60,10 +61,11 @@ async def sleep(journal: AttemptJournal, seconds: float) -> None:
             if call.row is None:
                 await journal.recorded(call, "done", answer=None, until=until)
             left = until - of.clock()
-            if left > of.sleep_in_process_seconds:
+            if left > (of.sleep_in_process_seconds if not journal.is_suspended else 0):
                 journal.suspend(waiting)
             if left > 0:
-                await asyncio.sleep(left)
+                with waits_in_process(journal.limit):
+                    await asyncio.sleep(left)
     finally:
         journal.end(call)
 
@@ -104,10 +106,13 @@ async def wait_for(journal: AttemptJournal, name: str, timeout_seconds: float | 
                 await journal.recorded(call, "waiting", **more)
                 found = await _message(store, message)
             left = until - of.clock() if until is not None else math.inf
-            if found is None and left > of.sleep_in_process_seconds:
+            if found is None and left > (of.sleep_in_process_seconds if not journal.is_suspended else 0):
                 journal.suspend(waiting)
             if found is None:
-                found = await _come(store, message, left) or await _close(journal, store, message)
+                with waits_in_process(journal.limit):
+                    found = await _come(store, message, left)
+            if found is None:
+                found = await _close(journal, store, message)
             if found.body == slots.CLOSED:
                 await journal.recorded(call, "timed_out", answer=None, **more)
                 raise _timed_out(name)
@@ -213,9 +218,10 @@ async def _message(store: JournalStore, name: str) -> Message | None:
 
 async def _come(store: JournalStore, name: str, seconds: float) -> Message | None:
     """The message, as soon as it is there; ``None`` when it does not come in so many seconds."""
-    until = time.monotonic() + seconds
+    loop = asyncio.get_running_loop()
+    until = loop.time() + seconds
     found: Message | None = None
-    while found is None and (left := until - time.monotonic()) > 0:
+    while found is None and (left := until - loop.time()) > 0:
         await asyncio.sleep(min(left, LOOK_SECONDS))
         found = await _message(store, name)
     return found

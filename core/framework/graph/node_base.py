@@ -150,7 +150,8 @@ class NodeContext:
         """Sleep until ``seconds`` after this was first called in this step, however often the process ends meanwhile.
 
         A longer sleep (see ``CheckpointConfig.sleep_in_process_seconds``) pauses the run until it is due: the step ends
-        here, and starts again then. Without a checkpoint manager it sleeps in the process.
+        here, and starts again then. Without a checkpoint manager it sleeps in the process. Either way it takes nothing
+        of the node's ``timeout_seconds``, unless calls are made beside it.
         """
         from framework.graph import journal_waits  # noqa: PLC0415 - which imports this module
 

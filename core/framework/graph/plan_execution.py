@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from framework._secrets import mask_error, masked_traceback
 from framework.errors import DefinitionChanged, LeaseLost, ResumeError, StorageError, SurefootError, UnstorableValue
-from framework.graph.budget import RunBudget
+from framework.graph.budget import PartAccount, RunBudget
 from framework.graph.cancelling import lets_go, was_let_go
 from framework.graph.checkpoint_manager import CheckpointManager
 from framework.graph.crash_loops import too_often
@@ -18,9 +18,12 @@ from framework.graph.goal import Goal
 from framework.graph.plan import ActionType, ApprovalRequest, ExecutionStatus, Plan, PlanExecutionResult
 from framework.graph.plan_answers import Answers, require_plan, state_of
 from framework.graph.plan_journals import recorded_budget
+from framework.graph.plan_parts import PlanParts
 from framework.graph.plan_planner import canonical, describe_changes, fingerprint, ready_steps
-from framework.graph.plan_run import RUN_STATES, Ending, Limits, PlanRun, Worker
-from framework.graph.plan_state import SCOPE, PlanState, plan_of
+from framework.graph.plan_run import PlanRun
+from framework.graph.plan_state import SCOPE, HowFar, PlanState, plan_of
+from framework.graph.plan_terms import RUN_STATES, Ending, Limits, Worker
+from framework.graph.resume_outlook import waits_of
 from framework.graph.run_messages import CANCELLED_ON_REQUEST, CancelRequested
 from framework.graph.run_opening import Definition, Restored
 from framework.graph.run_session import Opened, RunSession, wait_for
@@ -62,6 +65,7 @@ class PlanExecution:
         replan: bool,
         metadata: Mapping[str, Any] | None = None,
         budget: RunBudget | None = None,
+        whole: PartAccount | None = None,
     ) -> None:
         self._executor = executor
         self._manager = manager
@@ -73,6 +77,7 @@ class PlanExecution:
         self._replan = replan
         self._metadata = metadata
         self._budget = budget
+        self._whole = whole
         self._revised = False
         self._port = RuntimePort(executor.runtime)
         self._reports: list[str] = []
@@ -105,6 +110,7 @@ class PlanExecution:
             assert opened.restored is not None
             return self._stored_result(opened.restored)
         try:
+            self._port.fence(opened.session.token)
             if opened.restored is None:
                 assert fresh is not None
                 if self._named:
@@ -184,7 +190,7 @@ class PlanExecution:
 
     def _run_of(self, state: PlanState, session: RunSession | None, found: Restored | None = None) -> PlanRun:
         executor = self._executor
-        return PlanRun(
+        run = PlanRun(
             state,
             self._goal,
             self._run_id,
@@ -197,6 +203,10 @@ class PlanExecution:
             answers=Answers(self._manager.storage, self._run_id) if self._manager is not None else None,
             budget=self._budget if self._budget is not None else recorded_budget(found),
         )
+        if self._whole is not None:
+            run.journals.whole = self._whole
+            self._whole.attach(lambda: run.spent + run.journals.unfinished, resumed=found is not None)
+        return run
 
     async def _resume(self, found: Restored, session: RunSession, revision: int) -> PlanExecutionResult:
         old = plan_of(found.values)
@@ -208,7 +218,7 @@ class PlanExecution:
         await self._port.start(self._goal, self._input_of(state.plan), self._run_id, found.events)
         record: dict[str, Any] = {"kind": "resume"}
         if found.found is RunState.CRASHED and not was_let_go([*found.records, *found.later]):
-            record["cut_off"] = await self._take_crash(state, found)
+            record["cut_off"] = await self._take_crash(state, found, session)
         else:
             state.take_progress()
         if found.found is RunState.FAILED:
@@ -218,6 +228,8 @@ class PlanExecution:
             for name, value in self._context.items()
             if name not in found.input_data or not _is_same(found.input_data[name], value)
         }
+        parts = PlanParts(self._run_id, self._executor.worker)
+        unfinished = await parts.unfinished(state, old)
         if self._revised:
             ids = {step.id for step in (*old.steps, *state.plan.steps)}
             planned = {
@@ -234,6 +246,11 @@ class PlanExecution:
         if self._budget is not None:
             record["budget"] = self._budget.to_json()
         run = self._run_of(state, session, found)
+        for key, (counted, spent) in unfinished.items():
+            run.journals.part(key, counted, run, spent)
+        if found.found is RunState.PAUSED:
+            waits = {key.rpartition("#")[0]: each for key, each in waits_of(found.body).items()}
+            run.answered = await parts.answered(() if brought else state.plan.steps, waits)
         if state.recoveries > self._executor.limits().max_recovery_attempts:
             run.stop(ExecutionStatus.FAILED, _too_often(state, record["cut_off"], self._run_id))
         changes = (
@@ -244,10 +261,11 @@ class PlanExecution:
         )
         return await self._drive(run, found, record if changes else None)
 
-    async def _take_crash(self, state: PlanState, found: Restored) -> list[str]:
+    async def _take_crash(self, state: PlanState, found: Restored, session: RunSession) -> list[str]:
         """Count a crash, and forget earlier ones if anything was made durable since; the steps it may have cut off."""
         assert self._manager is not None
-        if any(record.get("kind") == "end" for record in found.later):
+        # Of finished calls inside a step only the store's own count knows.
+        if session.recovery_attempts <= 1 or any(record.get("kind") == "end" for record in found.later):
             state.take_progress()
         lost = state.take_crash(self._executor.limits().max_concurrency)
         steps = [step for step in state.plan.steps if step.id in lost]
@@ -257,8 +275,8 @@ class PlanExecution:
             if step.action.action_type is ActionType.SUB_GRAPH
         ]
         if ids:
-            children = await wait_for(committer_of(self._manager.storage).call(lambda store: _sequences(store, ids)))
-            if any(sequence > state.children.get(run_id, 0) for run_id, sequence in children.items()):
+            children = await wait_for(committer_of(self._manager.storage).call(lambda store: _how_far(store, ids)))
+            if any(_is_further(how_far, state.children.get(run_id)) for run_id, how_far in children.items()):
                 state.recoveries = 1  # the run of a sub-graph got further
             state.children = children
         return lost
@@ -433,10 +451,21 @@ class PlanExecution:
         )
 
 
-def _sequences(storage: Storage, run_ids: list[str]) -> dict[str, int]:
+def _how_far(storage: Storage, run_ids: list[str]) -> dict[str, HowFar]:
     """How far runs of sub-graphs are; those that this store does not have are left out."""
     found = {run_id: storage.find_run(run_id) for run_id in run_ids}
-    return {run_id: run.sequence for run_id, run in found.items() if run is not None}
+    return {
+        run_id: [run.sequence, run.token, run.recovery_attempts] for run_id, run in found.items() if run is not None
+    }
+
+
+def _is_further(now: HowFar, before: HowFar | None) -> bool:
+    """Whether the run of a sub-graph got somewhere since the crash before: by a commit, or, claimed anew since, by
+    calls inside a step, which have set its own count of recoveries back."""
+    if before is None:
+        return now[0] > 0
+    sequence, token, attempts = now
+    return sequence > before[0] or (token > before[1] and attempts == 0)
 
 
 def _is_same(one: Any, other: Any) -> bool:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from framework.errors import UnstorableValue
-from framework.graph.budget import RunBudget
+from framework.graph.budget import PartAccount, RunBudget
 from framework.graph.goal import Goal
 from framework.graph.journal import AttemptJournal, CallSpec, in_thread, request_hash
 from framework.graph.journal_llm import JournaledLLM
 from framework.graph.judge import HybridJudge
 from framework.graph.plan import Judgment, PlanStep
-from framework.graph.plan_outcomes import spent_on
+from framework.graph.plan_outcomes import positive, spent_on
 from framework.graph.run_journals import RunJournals
 from framework.graph.run_opening import Restored
 from framework.graph.spending import NOTHING, Spent
@@ -130,11 +130,26 @@ def with_spent(result: StepExecutionResult, attempt: AttemptJournal) -> StepExec
     return replace(result, tokens_used=spent.tokens, cost=spent.cost)
 
 
-def settling(waits: Collection[Waiting]) -> str:
-    """Which calls a person has to settle before the run can go on."""
-    calls = ", ".join(repr(each.call) for each in waits)
-    whats = "; ".join(each.question or each.text for each in waits)
-    return f"Waiting for call {calls} to be settled (CheckpointManager.settle: done, redo or skip): {whats}"
+def with_part(result: StepExecutionResult, part: PartAccount) -> StepExecutionResult:
+    """The result with at least what the runs inside have taken: of one that was cut off nobody else tells."""
+    taken = part.uncounted
+    if taken.tokens <= result.tokens_used and taken.cost <= positive(result.cost):
+        return result
+    tokens, cost = max(result.tokens_used, taken.tokens), max(float(positive(result.cost)), taken.cost)
+    return replace(result, tokens_used=tokens, cost=cost)
+
+
+def waiting_for(held: Mapping[str, Collection[Waiting]]) -> str:
+    """What held steps wait for, by step id: calls that a person has to settle, and what runs of sub-graphs wait for."""
+    waits = [(step, each) for step, listed in held.items() for each in listed]
+    texts = [f"Step {step!r}: run {each.run!r} {each.text}" for step, each in waits if each.run]
+    own = [each for _, each in waits if not each.run]
+    if own:
+        calls = ", ".join(repr(each.call) for each in own)
+        whats = "; ".join(each.question or each.text for each in own)
+        how = "CheckpointManager.settle: done, redo or skip"
+        texts.insert(0, f"Waiting for call {calls} to be settled ({how}): {whats}")
+    return ". ".join(texts)
 
 
 def recorded_budget(found: Restored | None) -> RunBudget | None:

@@ -7,11 +7,12 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
 from framework import _faults
-from framework._secrets import mask, mask_error
+from framework._secrets import mask_error
 from framework.errors import BudgetExceeded, UnstorableValue
 from framework.graph.attempts import backoff_seconds
 from framework.graph.budget import RunBudget
@@ -19,6 +20,7 @@ from framework.graph.goal import Goal
 from framework.graph.journal import AttemptJournal
 from framework.graph.node_base import is_infrastructure_error
 from framework.graph.plan import (
+    ActionType,
     ApprovalRequest,
     ExecutionStatus,
     Judgment,
@@ -28,80 +30,23 @@ from framework.graph.plan import (
 )
 from framework.graph.plan_answers import Answers
 from framework.graph.plan_gate import ApprovalGate
-from framework.graph.plan_journals import PlanJournals, journaled_judge, settling, with_spent
-from framework.graph.plan_outcomes import asked_to_wait, ended_record, left_behind, positive, spent_on
-from framework.graph.plan_planner import FINAL, problems_of_names, ready_steps, standstill
+from framework.graph.plan_journals import PlanJournals, journaled_judge, waiting_for, with_part, with_spent
+from framework.graph.plan_outcomes import asked_to_wait, ended_record, left_behind, positive, progress_of, spent_on
+from framework.graph.plan_parts import PlanParts
+from framework.graph.plan_planner import problems_of_names, ready_steps, standstill
 from framework.graph.plan_state import PlanState, now
+from framework.graph.plan_terms import Ending, Judge, Limits, Worker
 from framework.graph.run_events import RunEventKind
 from framework.graph.run_session import Progress, RunSession
 from framework.graph.runtime_port import RuntimePort
 from framework.graph.spending import Spent
-from framework.graph.suspension import Suspended, Waiting
+from framework.graph.suspension import Suspended, Waiting, wake_at
+from framework.graph.time_limit import TimeLimit
 from framework.graph.worker_actions import SUB_GRAPH_PAUSED, AttemptInfo, StepExecutionResult, failure_of
 from framework.graph.worker_errors import error_text
-from framework.schemas.checkpoint import CheckpointStatus
 from framework.schemas.run import RunState
 
 logger = logging.getLogger(__name__)
-
-RUN_STATES = {
-    ExecutionStatus.COMPLETED: RunState.COMPLETED,
-    ExecutionStatus.AWAITING_APPROVAL: RunState.PAUSED,
-    ExecutionStatus.ABORTED: RunState.CANCELLED,
-    ExecutionStatus.NEEDS_REPLAN: RunState.FAILED,
-    ExecutionStatus.NEEDS_ESCALATION: RunState.FAILED,
-    ExecutionStatus.REJECTED: RunState.FAILED,
-    ExecutionStatus.FAILED: RunState.FAILED,
-}
-"""How a plan's ending is recorded. All but the first can be resumed, and revised by a new plan."""
-
-_CHECKPOINT_STATUS = {
-    RunState.COMPLETED: CheckpointStatus.COMPLETED,
-    RunState.PAUSED: CheckpointStatus.PAUSED,
-    RunState.FAILED: CheckpointStatus.FAILED,
-}
-
-
-class Worker(Protocol):
-    """What does the work of an attempt."""
-
-    async def execute(
-        self, step: PlanStep, context: Mapping[str, Any], *, outputs: Mapping[str, Any], info: AttemptInfo
-    ) -> StepExecutionResult: ...
-
-
-class Judge(Protocol):
-    """What judges a result."""
-
-    async def evaluate(
-        self, step: PlanStep, result: Any, goal: Goal, context: Mapping[str, Any] | None = None
-    ) -> Judgment: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What an execution may use: see ``ExecutorConfig``."""
-
-    max_total_steps: int
-    max_retries_per_step: int
-    max_recovery_attempts: int
-    timeout_seconds: float | None
-    max_concurrency: int
-    retry_delay_seconds: float
-    retry_max_delay_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How an execution ended; ``reason`` says why unless it is plainly completed."""
-
-    status: ExecutionStatus
-    reason: str | None = None
-    error_type: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.reason:
-            object.__setattr__(self, "reason", mask(self.reason))
 
 
 class PlanRun:
@@ -135,6 +80,10 @@ class PlanRun:
         self.journals.only_of(
             self._key(step.id) for step in state.plan.steps if step.status is not StepStatus.COMPLETED
         )
+        self.parts = PlanParts(run_id, worker)
+        self.answered: dict[str, str] = {}
+        """Runs of sub-graphs that waited for a person who has answered by calling again, with the checkpoints they
+        waited at."""
         self._held: dict[str, tuple[Waiting, ...]] = {}
         self._running: dict[asyncio.Task[None], str] = {}
         self._sleeps: set[asyncio.Future[None]] = set()
@@ -152,6 +101,7 @@ class PlanRun:
             while True:
                 if self.gate.has_news and self._stop is None:
                     await self.gate.look()
+                await self._wake()
                 for step in self._launchable():
                     self._running[asyncio.create_task(self._step(step))] = step.id
                 if not self._running:
@@ -179,13 +129,19 @@ class PlanRun:
                 unheard()
 
     async def _next(self) -> set[asyncio.Task[None]]:
-        """Wait until steps are over, which it returns, or until an answer has come for one that waits."""
-        if not self.gate.waiting:
-            done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
-            return done
-        waited: set[asyncio.Future[None]] = {*self._running, self.gate.news()}
-        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        """Wait until steps are over, which it returns, or until something may have come for one that waits."""
+        waited: set[asyncio.Future[None]] = {*self._running, *([self.gate.news()] if self.gate.waiting else [])}
+        seconds = self.parts.seconds_to_look(self._held) if self._stop is None else None
+        await asyncio.wait(waited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         return {task for task in self._running if task.done()}
+
+    async def _wake(self) -> None:
+        """Let steps go on whose sub-graphs can."""
+        if self._stop is not None or self.parts.seconds_to_look(self._held) is None:
+            return
+        for step in self.state.plan.steps:
+            if step.id in self._held and await self.parts.may_go_on(step, self._held[step.id]):
+                del self._held[step.id]
 
     def _launchable(self) -> list[PlanStep]:
         """Ready steps that may start. One that waits for its answer keeps its place among those that may run at once,
@@ -224,7 +180,7 @@ class PlanRun:
     def _finish(self) -> Ending:
         if self._stop is not None:
             return self._stop
-        waits = [settling([each for waits in self._held.values() for each in waits])] if self._held else []
+        waits = [waiting_for(self._held)] if self._held else []
         if self.gate.waiting:
             listing = ", ".join(map(repr, sorted(self.gate.waiting)))
             why = "".join(f"; {step_id!r}: {problem}" for step_id, problem in sorted(self.gate.problems.items()))
@@ -257,6 +213,9 @@ class PlanRun:
                 # Its journal stays: with a larger budget the step goes on where it was.
                 self.stop(ExecutionStatus.FAILED, str(error), error.kind)
                 self.port.problem("critical", str(error))
+                if step.action.action_type is ActionType.SUB_GRAPH:  # what its run has taken is in the totals now
+                    self.state.keep(step)
+                    await self.note({"kind": "stopped", "node": step.id, "error": str(error)}, step, events)
             except Suspended as suspended:
                 await self._hold(step, suspended.waits, events)
             finally:
@@ -265,8 +224,9 @@ class PlanRun:
                 self.journals.close(key, finished=step.status is StepStatus.COMPLETED)
 
     async def _hold(self, step: PlanStep, waits: tuple[Waiting, ...], events: list[dict[str, Any]]) -> None:
-        """The step waits until somebody has said what became of an effect of it."""
+        """The step waits, until somebody has said what became of an effect of it, or for what its sub-graph waits."""
         self._held[step.id] = waits
+        self.state.keep(step)
         record = {
             "kind": "wait",
             "node": step.id,
@@ -328,6 +288,7 @@ class PlanRun:
                 told = True
             try:
                 result = barred if barred is not None else await self._work(step, work, journal)
+                self._leave_part(step, key, result)
                 if journal is not None:
                     await journal.over()
                 _faults.reach("node.after")
@@ -349,6 +310,7 @@ class PlanRun:
                 self.state.steps_taken += 1
                 if result.executor_type == "sub_graph":
                     self.state.standing(step.id).count_child(own_tokens, own_cost)
+                    self.journals.part_counted(key)
                 self.journals.counted(key)  # the totals have it in a moment, with nothing waiting in between
                 delay = await self._settle(step, result, judgment, events)
                 accepted = judgment is not None and judgment.action is JudgmentAction.ACCEPT
@@ -365,6 +327,21 @@ class PlanRun:
             await self._wait(delay)
             if self._stop is not None:
                 return
+
+    def _leave_part(self, step: PlanStep, key: str, result: StepExecutionResult) -> None:
+        """Count what the sub-graph of an attempt took that is left for later, and raise why: it waits (``Suspended``),
+        or was refused more of the plan's budget (``BudgetExceeded``)."""
+        part = self.journals.part_of(key)
+        refused = part.refused if part is not None else None
+        if result.success or not (result.waits or refused is not None):
+            return
+        standing = self.state.standing(step.id)
+        self.state.spend(standing, result.tokens_used, result.latency_ms, result.cost)
+        standing.count_child(result.tokens_used, result.cost)
+        self.journals.part_counted(key)
+        if refused is not None:
+            raise refused
+        raise Suspended(result.waits)
 
     async def _wait(self, seconds: float) -> None:
         """Sleep; no longer than until the run stops, which a provider's wish to wait for minutes must not hold up."""
@@ -387,23 +364,35 @@ class PlanRun:
 
     async def _work(self, step: PlanStep, work: PlanStep, journal: AttemptJournal | None) -> StepExecutionResult:
         standing = self.state.standing(step.id)
+        key = self._key(step.id)
+        part = None
+        if work.action.action_type is ActionType.SUB_GRAPH:
+            part = self.journals.part(key, Spent(standing.child_tokens, 0, 0, standing.child_cost), self)
+        child = self.parts.run_of(key)
         info = AttemptInfo(
             number=step.attempts,
             feedback=standing.feedback,
             idempotency_key=self._place(step),
             run_id=self.run_id,
-            child_run_id=f"{self.run_id}/{self._key(step.id)}" if self.session is not None else None,
+            child_run_id=child if self.session is not None else None,
             child_tokens=standing.child_tokens,
             child_cost=standing.child_cost,
             journal=journal,
+            part=part,
+            answered_at=self.answered.get(child, ""),
         )
+        result = await self._worked(work, info)
+        return result if part is None else with_part(result, part)
+
+    async def _worked(self, work: PlanStep, info: AttemptInfo) -> StepExecutionResult:
         seconds = self._limits.timeout_seconds
         kind = work.action.action_type.value
         try:
-            async with asyncio.timeout(seconds if seconds and seconds > 0 else None) as limit:
-                return await self._worker.execute(
-                    work, self.state.memory.view(), outputs=self.state.outputs(), info=info
-                )
+            async with TimeLimit(seconds if seconds and seconds > 0 else None) as limit:
+                with info.part.open() if info.part is not None else nullcontext():
+                    return await self._worker.execute(
+                        work, self.state.memory.view(), outputs=self.state.outputs(), info=info
+                    )
         except Exception as error:
             # A worker of the caller's own may raise anything; the judge decides what follows.
             if is_infrastructure_error(error):
@@ -656,25 +645,6 @@ class PlanRun:
         """Record an ending that was not part of a step's commit."""
         if self.session is not None and not self.session.ended:
             progress = self._progress(None, run_state)
-            await self.session.end(run_state, error, events, progress, self.state.scopes)
-
-
-def progress_of(state: PlanState, step: PlanStep | None, last_step: str, run_state: RunState | None = None) -> Progress:
-    """Where a plan stands, as a checkpoint records it: counts and the step it follows, never the history."""
-    ready = ready_steps(state.plan, state.earlier)
-    position: dict[str, Any] = {"steps_taken": state.steps_taken, "revision": state.plan.revision}
-    optional = {"interrupted": state.interrupted, "recoveries": state.recoveries, "children": state.children}
-    position |= {name: value for name, value in optional.items() if value}
-    return Progress(
-        node_id=step.id if step is not None else last_step,
-        next_id=ready[0].id if ready else None,
-        step_number=sum(1 for each in state.plan.steps if each.status in FINAL),
-        total_tokens=state.total_tokens,
-        total_latency_ms=state.total_latency_ms,
-        position=position,
-        status=_CHECKPOINT_STATUS.get(run_state, CheckpointStatus.IN_PROGRESS)
-        if run_state is not None
-        else CheckpointStatus.IN_PROGRESS,
-        steps={step.id: state.record(step)} if step is not None else {},
-        total_cost=state.total_cost,
-    )
+            due = wake_at(each for waits in self._held.values() for each in waits)
+            due = due if run_state is RunState.PAUSED else None
+            await self.session.end(run_state, error, events, progress, self.state.scopes, wake_at=due)

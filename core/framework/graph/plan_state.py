@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeAlias
 
 from framework.graph.memory import SharedMemory
 from framework.graph.plan import ApprovalRequest, ApprovalResult, Plan, PlanStep, StepStatus
@@ -20,6 +20,9 @@ from framework.graph.plan_stale import stale_steps
 from framework.graph.references import own_copy
 from framework.schemas.checkpoint import StepRecord
 from framework.storage.checkpoints import SCOPE_MARK
+
+HowFar: TypeAlias = list[int]
+"""Of a sub-graph's run: the sequence of its last commit, its token, and how often it was recovered in a row."""
 
 SCOPE = "plan"
 _PLAN = "plan"
@@ -97,7 +100,7 @@ class PlanState:
         self.total_cost = 0.0
         self.recoveries = 0
         self.interrupted = 0
-        self.children: dict[str, int] = {}
+        self.children: dict[str, HowFar] = {}
         self._standings: dict[str, Standing] = {}
         self._writers: dict[str, str] = {}
         self._ranks = ranks(plan)

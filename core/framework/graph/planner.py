@@ -35,6 +35,9 @@ class Step:
         own = f"{self.node_id}#{self.visit}"
         object.__setattr__(self, "key", f"{self.branch}:{own}" if self.branch else own)
 
+    def __hash__(self) -> int:
+        return hash(self.key)  # a text keeps its own
+
 
 @dataclass(frozen=True, slots=True)
 class Branch:
@@ -144,6 +147,8 @@ def advance(graph: GraphSpec, position: Position, outcome: Outcome) -> Advance:
 
 def joinable(position: Position) -> str | None:
     """The group of a fan-out whose branches are all over, an inner one before the one around it; or ``None``."""
+    if not position.branches:
+        return None
     running = {branch.group for branch in position.branches.values() if branch.status not in _OVER}
     over = [branch for branch in position.branches.values() if branch.group not in running]
     return max(over, key=lambda branch: len(branch.id)).group if over else None
@@ -323,13 +328,14 @@ def _pause(graph: GraphSpec, position: Position, outcome: Outcome) -> Advance:
     return replace(made, position=held)
 
 
-def to_json(position: Position) -> dict[str, Any]:
-    """The position as plain data."""
+def to_json(position: Position, *, visits: bool = True) -> dict[str, Any]:
+    """The position as plain data. Without ``visits`` where the log tells them: see ``visits_of``."""
     plain: dict[str, Any] = {
         "ready": [[step.node_id, step.visit, step.branch] for step in position.ready],
-        "visits": dict(position.visits),
         "steps_taken": position.steps_taken,
     }
+    if visits:
+        plain["visits"] = dict(position.visits)
     if position.held:
         plain["held"] = [[step.node_id, step.visit, step.branch] for step in position.held]
     if position.paused_at is not None:

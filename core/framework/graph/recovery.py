@@ -2,14 +2,14 @@
 
 A run is found by one query for all of a kind, and claimed by the executor that resumes it, in one transaction: of any
 number of processes that look at once, one wins, and the others are told (``RunBusy``) and go on to the next. Parts of
-other runs are never found: whoever resumes the whole resumes them.
+other runs are never found, only the wholes they wake: whoever resumes the whole resumes them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -19,6 +19,7 @@ from framework.graph.cancelling import cancel_if_asked
 from framework.graph.crash_loops import is_given_up
 from framework.graph.resume_outlook import waits_of
 from framework.graph.stored_run import readable_body
+from framework.graph.suspension import Waiting
 from framework.schemas.run import RunState
 from framework.storage.interface import Storage
 from framework.storage.ownership import effective_state
@@ -31,6 +32,8 @@ _MOST_DUE = 1000
 """Runs that are due and taken at one look; the longest due come first."""
 _MOST_RUNNING = 1000
 """Running runs whose owners are looked at for life, the newest first; others are found when their leases end."""
+_DEEPEST = 100
+"""Levels of parts of parts that are looked through."""
 _ANSWERS = ("signal:", "answer:", "settle:")
 
 
@@ -126,17 +129,45 @@ def woken_runs(storage: Storage) -> list[RunRecord]:
     """Paused runs to resume now, the longest paused first; parts of other runs are none.
 
     A run is one when the first of its sleeps and timeouts is over by the store's clock, also while others of its steps
-    wait for a person, or when a message has come that one of its steps waits for. One that cannot be read is none: what
+    wait for a person, or when a message has come that one of its steps waits for. What a part of it waits for, as the
+    run of a plan's sub-graph, wakes the whole, when that is paused for it. One that cannot be read is none: what
     reads it for its own sake says why. Costs one query for those that are due, one for each 500 paused runs that have
-    messages, and for each of these its messages and its newest checkpoint; other paused runs cost nothing. Raises
-    ``StorageError``.
+    messages, and for each of these its messages and its newest checkpoint, and of a part its whole's; other paused runs
+    cost nothing. Raises ``StorageError``.
     """
-    found = {run.run_id: run for run in storage.list_due(limit=_MOST_DUE)}
+    due = storage.list_due(limit=_MOST_DUE)
+    found = {run.run_id: run for run in due if _is_whole(run)}
+    parts = [run for run in due if not _is_whole(run)]
+    known = {run.run_id for run in due}
     for run in _messaged(storage):
-        if run.run_id not in found and _is_whole(run) and _is_answered(storage, run):
-            found[run.run_id] = run
-    whole = (run for run in found.values() if _is_whole(run))
-    return sorted(whole, key=lambda run: (run.updated_at, run.run_id))
+        if run.run_id not in known and _is_answered(storage, run):
+            if _is_whole(run):
+                found[run.run_id] = run
+            else:
+                parts.append(run)
+    for part in parts:
+        whole = _waiting_whole(storage, part)
+        if whole is not None:
+            found[whole.run_id] = whole
+    return sorted(found.values(), key=lambda run: (run.updated_at, run.run_id))
+
+
+def _waiting_whole(storage: Storage, part: RunRecord) -> RunRecord | None:
+    """The paused run that waits for what this part of it, or of a part of it, waits for; ``None`` without one.
+
+    A whole that is paused for other reasons would be resumed again and again, with the part left as it is.
+    """
+    run = part
+    for _ in range(_DEEPEST):
+        above = storage.find_run(run.parent_run_id) if run.parent_run_id is not None else None
+        if above is None or above.state is not RunState.PAUSED:
+            return None
+        if not any(each.run == part.run_id for waits in _waits(storage, above).values() for each in waits):
+            return None
+        run = above
+        if _is_whole(run):
+            return run
+    return None
 
 
 def _messaged(storage: Storage) -> Iterator[RunRecord]:
@@ -178,9 +209,18 @@ def _is_answered(storage: Storage, run: RunRecord) -> bool:
         left = {message.name for message in storage.read_messages(run.run_id)}
         if not any(name.startswith(_ANSWERS) for name in left):
             return False
-        row = next(iter(storage.read_checkpoint_rows(run.run_id, limit=1)), None)
-        waits = waits_of(readable_body(row)) if row is not None else {}
     except SurefootError:
         return False
     now = time.time()
-    return any(each.is_over(left, now) for step in waits.values() for each in step)
+    # What parts wait for is left for them, not for this run.
+    waits = [each for step in _waits(storage, run).values() for each in step if not each.run]
+    return any(each.is_over(left, now) for each in waits)
+
+
+def _waits(storage: Storage, run: RunRecord) -> Mapping[str, Sequence[Waiting]]:
+    """What the run's steps wait for, by its newest checkpoint; nothing of a run that cannot be read."""
+    try:
+        row = next(iter(storage.read_checkpoint_rows(run.run_id, limit=1)), None)
+        return waits_of(readable_body(row)) if row is not None else {}
+    except SurefootError:
+        return {}

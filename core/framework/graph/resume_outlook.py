@@ -42,7 +42,8 @@ class Waiting:
 
     ``step`` is the node's id, or the key of a step that is in the middle of its calls. ``until`` is when the wait ends
     by itself, in seconds since the epoch. ``schema`` is what an answer must fit; ``refused`` says why the node did not
-    take the last one. ``occurrence`` counts the run's waits for the signal, from 1.
+    take the last one. ``occurrence`` counts the run's waits for the signal, from 1. ``run`` is the id of the run of a
+    plan's sub-graph whose wait it is, ``None`` for the run's own.
     """
 
     kind: Literal["input", "approval", "sleep", "signal", "answer", "settle"]
@@ -55,6 +56,7 @@ class Waiting:
     schema: Any = None
     occurrence: int = 1
     refused: str | None = None
+    run: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,11 @@ _OF_A_PERSON = ("input", "approval", "answer", "settle")
 
 def asked(waiting: Waiting) -> str:
     """What a run waits for, in words."""
+    text = _asked(waiting)
+    return f"{text} (run {waiting.run!r})" if waiting.run is not None else text
+
+
+def _asked(waiting: Waiting) -> str:
     until = f" until {iso_time(waiting.until)}" if waiting.until is not None else ""
     match waiting.kind:
         case "approval":
@@ -305,8 +312,7 @@ def waits_of(body: Mapping[str, Any]) -> dict[str, list[suspension.Waiting]]:
 
 
 def _is_over(run: StoredRun, waits: Sequence[suspension.Waiting], now: float) -> bool:
-    left = {message.name for message in run.messages}
-    return any(each.is_over(left, now) for each in waits)
+    return any(each.is_over(run.left.get(each.run or run.record.run_id, ()), now) for each in waits)
 
 
 def _left(run: StoredRun) -> bool:
@@ -325,6 +331,7 @@ def _waiting(run: StoredRun, now: float) -> list[Waiting]:
             schema=each.schema,
             occurrence=each.occurrence,
             refused=each.refused,
+            run=each.run or None,
         )
         for step, waits in waits_of(run.body).items()
         if not _is_over(run, waits, now)

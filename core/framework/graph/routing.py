@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +26,18 @@ class Route:
     spent: Spent = NOTHING
 
 
+NOWHERE = Route()
+"""Nothing follows."""
+
+
 async def choose(
     graph: GraphSpec,
     spec: NodeSpec,
+    edges: Iterable[EdgeSpec],
     memory: SharedMemory,
     result: NodeResult,
     *,
-    llm: Any,
+    llm_of: Callable[[], Any],
     goal: Goal,
     on_warning: Callable[[str], None],
 ) -> Route:
@@ -40,36 +45,34 @@ async def choose(
 
     A router's ``next_node`` wins and maps nothing. Otherwise the first edge that holds, by priority; for a successful
     fan-out node every edge that holds. No edge means the end, of the branch or the run. After a success in a terminal
-    node nothing is evaluated.
+    node nothing is evaluated. ``edges`` are those that leave the node, in that order; ``llm_of`` gives the model that
+    they may ask.
     """
     if result.success and spec.id in graph.terminal_nodes:
-        return Route()
+        return NOWHERE
     next_node = result.next_node if result.success else None
     if next_node:
         if graph.get_node(next_node) is None:
             return Route(error=f"Node {spec.name!r} chose {next_node!r} as next, which is not in graph {graph.id!r}.")
         return Route((next_node,), ({},))
-    taken: list[EdgeSpec] = []
+    targets: list[str] = []
+    mapped: list[dict[str, Any]] = []
     spent = NOTHING
-    for edge in graph.get_outgoing_edges(spec.id):
-        target = graph.get_node(edge.target)
-        told: dict[str, Any] = {
-            "llm": llm,
-            "goal": goal,
-            "source_node_name": spec.name,
-            "target_node_name": target.name if target is not None else edge.target,
-            "on_warning": on_warning,
-        }
-        if edge.condition is EdgeCondition.LLM_DECIDE and llm is not None:
-            holds, took = await edge.decide(result.success, result.output or {}, memory.view(), **told)
+    output = result.output or {}
+    for edge in edges:
+        if edge.condition is EdgeCondition.LLM_DECIDE and (llm := llm_of()) is not None:
+            target = graph.get_node(edge.target)
+            names = (spec.name, target.name if target is not None else edge.target)
+            holds, took = await edge.decide(result.success, output, memory.view(), llm, goal, *names, on_warning)
             spent += took
         else:
-            holds = edge.should_traverse(result.success, result.output or {}, memory.view(), **told)
+            holds = edge.should_traverse(result.success, output, memory.view(), on_warning=on_warning)
         if holds:
-            taken.append(edge)
+            targets.append(edge.target)
+            mapped.append(_map(edge, result, memory))
             if not (spec.fan_out and result.success):
                 break
-    return Route(tuple(edge.target for edge in taken), tuple(_map(edge, result, memory) for edge in taken), spent=spent)
+    return Route(tuple(targets), tuple(mapped), spent=spent)
 
 
 def _map(edge: EdgeSpec, result: NodeResult, memory: SharedMemory) -> dict[str, Any]:

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_PROGRESS = ("step", "attempt", "wait")
+_PROGRESS = frozenset({"step", "attempt", "wait"})
 """Kinds of records that say that a run got somewhere since it was claimed."""
 
 MAX_UNDER_WAY = 64
@@ -99,10 +99,13 @@ async def wait_for(future: Future[T]) -> T:
     return future.result()
 
 
-async def wait_until_done(future: Future[Any] | Ticket) -> None:
-    """Return when ``future`` is done, whatever came of it. A cancellation is raised then, not before."""
+async def wait_until_done(future: Future[Any] | Ticket) -> bool:
+    """Return when ``future`` is done, whatever came of it. A cancellation is raised then, not before.
+
+    Whether that had to be waited for, and so others had a turn.
+    """
     if future.done():
-        return
+        return False
     loop = asyncio.get_running_loop()
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
@@ -120,6 +123,7 @@ async def wait_until_done(future: Future[Any] | Ticket) -> None:
             cancelled = error
     if cancelled is not None:
         raise cancelled
+    return True
 
 
 def _wake(loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None]) -> None:
@@ -147,6 +151,7 @@ class RunCommits:
         self.checkpoint_id: str | None = None
         self.ended: RunState | None = None
         """The state that a durable commit ended the session with."""
+        self._waited = False
         self._config = config
         self._committer = committer
         self._retention = retention_of(config)
@@ -170,6 +175,11 @@ class RunCommits:
     def ending(self) -> bool:
         """Whether a commit that ends the session is on its way."""
         return any(commit.state is not None for commit in self._pending)
+
+    def take_waited(self) -> bool:
+        """Whether a commit had to be waited for since the last call of this."""
+        waited, self._waited = self._waited, False
+        return waited
 
     def put(self, commit: Pending, *, alone: bool = False) -> None:
         """Hand a commit over, or, after a refused one, keep it until that is made up for; ``settle`` sees to it.
@@ -198,7 +208,7 @@ class RunCommits:
             assert first.future is not None  # only after a refused one is a commit not handed over
             if not wait and not first.future.done() and not self._is_full():
                 return
-            await wait_until_done(first.future)
+            self._waited |= await wait_until_done(first.future)
             if not self._pending or self._pending[0] is not first:
                 continue  # another step of the run saw to it
             try:
@@ -318,7 +328,7 @@ class RunCommits:
             run_id=self._run_id,
             token=self._token,
             sequence=self._sequence + 1,
-            record=codec.encode(pending.records, "record"),
+            record=stored.encode_records(pending.records),
             log=codec.encode(pending.events, "log") if pending.events else None,
             checkpoint_id=pending.checkpoint_id if body is not None else None,
             checkpoint=body,
@@ -329,7 +339,7 @@ class RunCommits:
             retention=self._retention,
             journal_done=pending.journal_done,
             wake_at=pending.wake_at,
-            progress=any(record.get("kind") in _PROGRESS for record in pending.records),
+            progress=not _PROGRESS.isdisjoint([record.get("kind") for record in pending.records]),
         )
         pending.future = self._committer.hand_over(commit, alone=alone)
         self._sequence += 1

@@ -14,7 +14,7 @@ from framework.graph.journal_rows import CallRecord
 from framework.graph.readable import masked_state, plain_json, type_of
 from framework.graph.stored_run import StoredRun, read_stored
 from framework.storage import codec
-from framework.storage.checkpoints import SCOPE_MARK
+from framework.storage.checkpoints import SCOPE_MARK, plain_body, plain_records
 from framework.storage.interface import Storage
 from framework.storage.records import CheckpointRow
 
@@ -88,7 +88,7 @@ def _log(storage: Storage, run: StoredRun, values: bool) -> Iterable[dict[str, A
         return
     for row in rows:
         try:
-            records, events = plain_json(row.record), plain_json(row.log) if row.log is not None else []
+            records, events = plain_records(row), plain_json(row.log) if row.log is not None else []
         except CorruptData:
             continue
         if not values:
@@ -113,7 +113,7 @@ def _without(record: Any, names: Iterable[str]) -> Any:
 
 def _checkpoint(row: CheckpointRow, values: bool) -> dict[str, Any]:
     shown: dict[str, Any] = {"sequence": row.sequence, "id": row.checkpoint_id, "bytes": len(row.body)}
-    body = plain_json(row.body)
+    body = plain_body(row)
     if not values:
         position = _without(body.get("position") or {}, ("inputs",))
         body = {**_without(body, ("context", "extra", "steps")), "position": position}

@@ -1,22 +1,19 @@
-"""What a run keeps of the steps in flight: their journals, what they wait for, and what is left of the run's budget."""
+"""What a run keeps of the steps in flight: their journals, and what is left of the run's budget."""
 
 from __future__ import annotations
 
-import asyncio
-import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from framework.errors import UnstorableValue
-from framework.graph.budget import BudgetGate, RunBudget
+from framework.graph.budget import BudgetGate, PartAccount, RunBudget
 from framework.graph.journal import AttemptJournal, StepJournal, request_hash
 from framework.graph.journal_llm import JournaledLLM
 from framework.graph.node_base import NodeContext
 from framework.graph.run_session import RunSession
 from framework.graph.spending import NOTHING, Spent
-from framework.graph.suspension import Waiting, wake_at
 
 
 @dataclass(slots=True)
@@ -34,14 +31,16 @@ class RunJournals:
     """The journals of one run's steps in flight. Without a session or a budget no step has one, and nothing is done.
 
     ``spent`` of the run are its own totals; ``unfinished`` is what questions to models took in steps that no total
-    counts yet.
+    counts yet. ``whole`` is the account of a run that is a part of another.
     """
 
     run_id: str
     session: RunSession | None
     budget: RunBudget | None = None
+    whole: PartAccount | None = None
     _open: dict[str, _Open] = field(default_factory=dict)
     _left: dict[str, Spent] = field(default_factory=dict)
+    _parts: dict[str, PartAccount] = field(default_factory=dict)
     _gate: BudgetGate | None = None
 
     def __post_init__(self) -> None:
@@ -54,6 +53,8 @@ class RunJournals:
         total = NOTHING
         for spent in (*self._left.values(), *(each.journal.spent for each in tuple(self._open.values()))):
             total += spent
+        for part in tuple(self._parts.values()):
+            total += part.uncounted
         return total
 
     def forget(self, finished: Iterable[str]) -> None:
@@ -66,11 +67,42 @@ class RunJournals:
         if self.budget is not None:
             total = spent + self.unfinished
             self.budget.check(self.run_id, total.tokens, total.cost)
+        if self.whole is not None:
+            self.whole.check()
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is a budget, of the run or of the one that it is a part of."""
+        return self.budget is not None or (self.whole is not None and self.whole.is_limited)
+
+    def _gate_of(self, totals: Any) -> BudgetGate | None:
+        if self._gate is None and self.is_limited:
+            budget = self.budget or RunBudget()
+            self._gate = BudgetGate(self.run_id, budget, lambda: totals.spent + self.unfinished, self.whole)
+        return self._gate
+
+    def part(self, step: str, counted: Spent, totals: Any, stored: Spent = NOTHING) -> PartAccount:
+        """A new account of what runs inside an attempt of the step ``step`` take, until ``part_counted``. ``counted``
+        and ``stored`` are what the totals, and the store, have of them; ``totals`` is what has the run's ``spent``."""
+        if stored is NOTHING and step in self._parts:
+            stored = self._parts[step].stored
+        account = self._parts[step] = PartAccount(counted, stored, self._gate_of(totals))
+        if self.is_limited:
+            account.check_whole = lambda: self.check(totals.spent)
+        return account
+
+    def part_of(self, step: str) -> PartAccount | None:
+        """The account that was made for the step and is not counted yet."""
+        return self._parts.get(step)
+
+    def part_counted(self, step: str) -> None:
+        """What runs inside the step have taken is in the run's totals now."""
+        self._parts.pop(step, None)
 
     def open(self, step: str, key: str, totals: Any, given: Callable[[], Any] | None = None) -> None:
         """A visit of the step ``step`` begins; ``totals`` is what has the run's ``spent``, and ``given`` says what the
         step is given: its input and the state."""
-        if self.session is None and self.budget is None:
+        if self.session is None and not self.is_limited:
             return
         journal = StepJournal(step, key, spent=self._left.pop(step, NOTHING))
         if self.session is not None:
@@ -86,10 +118,7 @@ class RunJournals:
                 journal.unsure = journal.rewound or self.session.has_uncommitted
                 if journal.unsure:
                     journal.given()  # now, before the step can change it
-        if self.budget is not None:
-            if self._gate is None:
-                self._gate = BudgetGate(self.run_id, self.budget, lambda: totals.spent + self.unfinished)
-            journal.before_model = self._gate
+        journal.before_model = self._gate_of(totals)
         self._open[step] = _Open(journal)
 
     def attach(self, step: str, ctx: NodeContext) -> NodeContext:
@@ -179,50 +208,3 @@ def _hash_of(given: Callable[[], Any]) -> str:
         return request_hash(given(), "given")
     except UnstorableValue:  # which is equal to nothing else
         return uuid.uuid4().hex
-
-
-@dataclass(slots=True)
-class Waits:
-    """What held steps wait for, by step key; those that wait for a person's input only are not in it."""
-
-    by_step: dict[str, tuple[Waiting, ...]] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain data, for a run's position."""
-        return {step: [each.to_json() for each in waits] for step, waits in self.by_step.items()}
-
-    @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> Waits:
-        """What ``to_json`` wrote."""
-        return cls({step: tuple(map(Waiting.from_json, waits)) for step, waits in plain.items()})
-
-    async def over(self, session: RunSession) -> list[str]:
-        """The steps that can go on: something that they wait for is over. In order of their keys."""
-        if not self.by_step:
-            return []
-        messages = {message.name for message in await session.messages()}
-        now = time.time()
-        return sorted(
-            step for step, waits in self.by_step.items() if any(each.is_over(messages, now) for each in waits)
-        )
-
-    async def woken(self, session: RunSession, held: Collection[str]) -> list[str]:
-        """Those of the ``held`` steps that can go on, now or so soon that the process stays and sleeps until then."""
-        over = [step for step in await self.over(session) if step in held]
-        due = self.wake_at(held)
-        if over or not self.is_due_soon(session, due):
-            return over
-        assert due is not None
-        await asyncio.sleep(max(0.0, due - time.time()))
-        return [step for step in await self.over(session) if step in held]
-
-    @staticmethod
-    def is_due_soon(session: RunSession, due: float | None) -> bool:
-        """Whether a run that is ``due`` then need not pause for it."""
-        return due is not None and due - time.time() <= session.config.sleep_in_process_seconds
-
-    def wake_at(self, held: Iterable[str]) -> float | None:
-        """When a run that holds these steps is due: the earliest time of all that they wait for, ``None`` without any.
-
-        Others of them may wait for a person; what is due goes on without."""
-        return wake_at(each for step in held for each in self.by_step.get(step, ()))

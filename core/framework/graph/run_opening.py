@@ -115,25 +115,46 @@ def open_run(
             continue  # its owner committed once more in between; what was read is old
         if record.sequence != restored.sequence:
             continue  # and completed it with that
-        older = bool(restored.damage) and restored.checkpoint_sequence < restored.sequence
-        if (restored.rewinds or older) and record.state is RunState.COMPLETED:
-            listing = "; ".join(f"{item.where}: {item.problem}" for item in restored.damage[:5])
-            raise ResumeError(
-                new.run_id,
-                f"Run {new.run_id!r} is complete, but its last checkpoint cannot be read, so its result is not known. "
-                f"Damaged: {listing}. Restore the store from a backup, or read an earlier checkpoint with "
-                "CheckpointManager.get_checkpoint.",
-            )
+        if record.state is RunState.COMPLETED and not _holds_result(restored):
+            raise _result_lost(new.run_id, restored)
         if restored.rewinds:
             storage.rewind(record.run_id, record.token, restored.checkpoint_sequence)
         state = _as_told(record.state, restored.body, [*restored.records, *restored.later])
-        counted = _counted([*restored.records, *restored.later])
+        counted = counted_calls([*restored.records, *restored.later])
         journal = {} if record.state is RunState.COMPLETED else _journal(storage, record.run_id, counted)
         return record, replace(restored, found=state, error=record.error, journal=journal, journal_counted=counted)
     raise ResumeError(new.run_id, f"Run {new.run_id!r} kept changing while it was being claimed; call again.")
 
 
-def _counted(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def _holds_result(restored: Restored) -> bool:
+    """Whether what was found of a completed run is its last commit, which says that it is complete."""
+    is_last = restored.checkpoint_sequence == restored.sequence and not restored.rewinds
+    return is_last and restored.body.get("status") == CheckpointStatus.COMPLETED.value
+
+
+def _result_lost(run_id: str, restored: Restored) -> ResumeError:
+    """What a completed run is refused with whose last commit cannot be read: an older result is not its result."""
+    if restored.damage:
+        why = f"cannot be read, so its result is not known. Damaged: {_listing(restored.damage)}"
+    else:
+        why = "is not in the store, so its result is not known: it was deleted, or was lost"
+    return ResumeError(
+        run_id,
+        f"Run {run_id!r} is complete, but its last checkpoint {why}. Restore the store from a backup, or read an "
+        "earlier checkpoint with CheckpointManager.get_checkpoint.",
+    )
+
+
+def _listing(damage: Sequence[Damage]) -> str:
+    """The first of what is damaged, each once: a file may be met as a checkpoint and as a row of the log."""
+    told = dict.fromkeys(
+        item.problem if item.problem.startswith(item.where) else f"{item.where}: {item.problem}" for item in damage
+    )
+    return "; ".join(text.rstrip(".") for text in list(told)[:5])
+
+
+def counted_calls(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Up to which number of a call the records count what calls took, by step."""
     counted: dict[str, int] = {}
     for step, number in (record["journaled"] for record in records if "journaled" in record):
         counted[step] = max(number, counted.get(step, 0))
@@ -225,11 +246,11 @@ def restore(storage: Storage, found: RunRecord) -> Restored:
         break
     if state is None:
         if damage:
-            listing = "; ".join(f"{item.where}: {item.problem}" for item in damage[:5])
             raise ResumeError(
                 run_id,
                 f"No checkpoint of run {run_id!r} can be read, and starting over would repeat finished steps. "
-                f"Damaged: {listing}. Restore the store from a backup, or start a new run under another run_id.",
+                f"Damaged: {_listing(damage)}. Restore the store from a backup, or start a new run under another "
+                "run_id.",
             )
         body = {}
         state = stored.load_state(storage, run_id, 0)

@@ -21,7 +21,9 @@ class NodeSource(Protocol):
 
     def implementation_of(self, spec: NodeSpec) -> Any: ...
 
-    def context_for(self, spec: NodeSpec, memory: SharedMemory) -> NodeContext: ...
+    def context_for(self, spec: NodeSpec, memory: SharedMemory) -> NodeContext:
+        """A new context each time: the run completes it."""
+        ...
 
 
 @types.coroutine

@@ -16,14 +16,15 @@ from framework.schemas.run import RunState
 def step_record(step: Step, visit: Visit, error: str | None, position: Position) -> dict[str, Any]:
     """The record of a finished step, and in ``position`` the branches it started. What is empty or zero is left out."""
     record: dict[str, Any] = {"node": step.node_id, "visit": step.visit, "at": round(time.time(), 3)}
-    optional = {
-        "branch": step.branch,
-        "attempts": visit.attempts if visit.attempts > 1 else None,
-        **visit.spent.record(),
-        "error": error,
-        "branches": [branch.id for branch in position.branches.values() if branch.group == step.key],
-    }
-    record.update((key, value) for key, value in optional.items() if value)
+    if step.branch:
+        record["branch"] = step.branch
+    if visit.attempts > 1:
+        record["attempts"] = visit.attempts
+    record.update(visit.spent.record())
+    if error:
+        record["error"] = error
+    if started := [branch.id for branch in position.branches.values() if branch.group == step.key]:
+        record["branches"] = started
     return record
 
 

@@ -174,9 +174,18 @@ class RunSession:
         stopping.add(self)
 
     @property
+    def token(self) -> int:
+        """The fencing token with which this process owns the run."""
+        return self._token
+
+    @property
     def checkpoint_id(self) -> str | None:
         """The run's newest checkpoint, which under ``durability="async"`` may still be on its way."""
         return self._commits.checkpoint_id
+
+    def others_had_a_turn(self) -> bool:
+        """Whether this run has waited for a commit since the last call of this, so that other tasks could go on."""
+        return self._commits.take_waited()
 
     def take_up(self, restored: Restored) -> None:
         """Go on after a restored checkpoint."""
@@ -275,10 +284,14 @@ class RunSession:
         """Whether the store has journal rows of the step, by its key."""
         return step in self._journaled
 
-    def write_journal(self, rows: Sequence[JournalRow]) -> Future[None]:
-        """Hand journal rows over, in order with the commits; done when they are durable, whatever ``durability``."""
+    def write_journal(self, rows: Sequence[JournalRow], *, progress: bool = False) -> Future[None]:
+        """Hand journal rows over, in order with the commits; done when they are durable, whatever ``durability``.
+
+        ``progress`` says that the run got further, so what it was recovered before does not count any more.
+        """
         self._journaled.update(row.step for row in rows)
-        return self._committer.journal(JournalWrite(self.run_id, self._token, rows))
+        progress = progress and self.recovery_attempts > 0  # else there is nothing to take back
+        return self._committer.journal(JournalWrite(self.run_id, self._token, rows, progress))
 
     def read_journal(self, step: str) -> Future[list[JournalRow]]:
         """A step's journal rows; damaged ones are reported as problems, and have an empty record."""
@@ -392,11 +405,10 @@ class RunSession:
         only ``LeaseLost``.
         """
         checked, self._checked = self._checked, None
-        gone = set(over)
-        for branch in gone:
+        self._scopes.update(scopes)
+        for branch in over:
             self._scopes.pop(branch, None)
-        self._scopes.update({branch: memory for branch, memory in scopes.items() if branch not in gone})
-        self._over |= gone
+            self._over.add(branch)
         self._records.append({"kind": "step", **record})
         self._events.extend(events)
         if journal in self._journaled and not self._config.keep_journal:

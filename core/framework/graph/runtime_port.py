@@ -39,6 +39,7 @@ class RuntimePort:
     def __init__(self, runtime: Any) -> None:
         self._runtime = runtime
         self._run_id = ""
+        self._token: int | None = None
         self._saves: list[Callable[[], None]] = []
         self._saving: asyncio.Task[None] | None = None
 
@@ -67,6 +68,7 @@ class RuntimePort:
         if run_id is None:
             run_id = started if isinstance(started, str) and started else new_run_id()
         self._run_id = run_id
+        self._fence()
         if earlier:
             # The record of the process before is there; nobody needs to wait until it says that the run goes on.
             self._saving = self._start_saving()
@@ -77,6 +79,18 @@ class RuntimePort:
             await self.end(False, "cancelled", {}, cancelled=True)
             raise
         return run_id
+
+    def fence(self, token: int) -> None:
+        """This process owns the run, by this fencing token: where supported, the record is saved only while no other
+        owner has followed. To be called before ``start``, or after it for a run that it named."""
+        self._token = token
+        if self._run_id:
+            self._fence()
+
+    def _fence(self) -> None:
+        fence = getattr(self._runtime, "fence_run", None)
+        if fence is not None and self._token is not None:
+            fence(run_id=self._run_id, token=self._token)
 
     async def end(self, success: bool, narrative: str, output_data: dict[str, Any], *, cancelled: bool = False) -> None:
         """End the run's record. A runtime that fails to is logged: what the run came to stands all the same."""
@@ -175,11 +189,16 @@ class RuntimePort:
         return _manager(self._runtime, "recording", sink)
 
 
+_NO_MANAGER = nullcontext()
+
+
 def _manager(runtime: Any, name: str, argument: Any) -> AbstractContextManager[Any]:
     method = getattr(runtime, name, None)
-    manager = method(argument) if method is not None else None
+    if method is None:
+        return _NO_MANAGER
+    manager = method(argument)
     # A mock has every method, and what those return is often no context manager.
-    return manager if isinstance(manager, AbstractContextManager) else nullcontext()
+    return manager if isinstance(manager, AbstractContextManager) else _NO_MANAGER
 
 
 def _run_all(saves: Sequence[Callable[[], None]]) -> None:

@@ -127,20 +127,25 @@ class StateTracker:
     def accept(self, staged: Staged) -> None:
         """Take staged changes as committed."""
         for full, known in staged.known.items():
-            branch, key = _unscoped(full)
             if known is None:
-                self._known.pop(full, None)
-                self._chains.pop(full, None)
-                keys = self._keys.get(branch, set())
-                keys.discard(key)
-                if not keys:
-                    self._keys.pop(branch, None)
+                self._forget(full)
                 continue
+            if full not in self._known:
+                branch, key = _unscoped(full)
+                self._keys.setdefault(branch, set()).add(key)
             self._known[full] = known
-            self._keys.setdefault(branch, set()).add(key)
             if full in staged.chains:
                 self._chains[full] = staged.chains[full]
         self._total = staged.total
+
+    def _forget(self, full: str) -> None:
+        branch, key = _unscoped(full)
+        self._known.pop(full, None)
+        self._chains.pop(full, None)
+        keys = self._keys.get(branch, set())
+        keys.discard(key)
+        if not keys:
+            self._keys.pop(branch, None)
 
     def rebase(self, chains: Mapping[str, int]) -> None:
         """Take the keys' chains anew: the store comes to the same values by other chunks than were accepted."""
@@ -151,13 +156,14 @@ class StateTracker:
         own = memory.own
         homes: dict[int, str] | None = None
         sealed = self._seal(branch, memory)
+        prefix = scoped(branch, "")
         for key, value in own.items():
-            known = self._known.get(scoped(branch, key))
+            known = self._known.get(prefix + key if branch else key)
             if (
                 known is not None
                 and known.value is value
                 and (type(value) in IMMUTABLE or not (memory.is_exposed(key) or key in sealed))
-                and all(own.get(target) is meant for target, meant in known.refs)
+                and (not known.refs or all(own.get(target) is meant for target, meant in known.refs))
             ):
                 continue
             if homes is None:
@@ -171,8 +177,9 @@ class StateTracker:
                 raise
             if key in sealed and made < len(staged.chunks):
                 memory.expose(key)  # what it holds is stored only once this is accepted
-        for key in sorted(self._keys.get(branch, set()).difference(own)):
-            self._add(staged, Chunk(scoped(branch, key), "delete", b""), None)
+        keys = self._keys.get(branch)
+        for key in sorted(keys.difference(own)) if keys else ():
+            self._add(staged, Chunk(prefix + key, "delete", b""), None)
 
     def _seal(self, branch: str, memory: SharedMemory) -> set[str]:
         """The keys of containers that nobody else holds any more: they are looked at once again, and then no more."""
@@ -197,6 +204,8 @@ class StateTracker:
 
         The key where it is stored already, if any; then a declared one; the pipe's ``result`` last.
         """
+        if len(set(map(id, own.values()))) == len(own) and dict not in map(type, own.values()):
+            return {}  # no object is there twice, neither under two keys nor in a dict
         homes: dict[int, tuple[int, str]] = {}
         shareable = [(key, value) for key, value in own.items() if _is_shareable(value)]
         if len(shareable) < 2:

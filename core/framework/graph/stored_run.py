@@ -31,7 +31,8 @@ class StoredRun:
     one that a resume goes on from, with its ``body`` and the state's encoded ``values`` by stored key; without one the
     run begins with its ``initial`` values. ``records`` are the log's up to that checkpoint, ``later`` those after it,
     ``events`` the decisions and problems, ``messages`` what was left for the run from outside, ``calls`` those in its
-    journal, by step and number. ``blocked`` says why no checkpoint can be used though there are some.
+    journal, by step and number. ``blocked`` says why no checkpoint can be used though there are some. ``left`` are the
+    names of the messages to the run and, by their ids, to the parts of it that its steps wait for.
     """
 
     record: RunRecord
@@ -50,6 +51,7 @@ class StoredRun:
     calls: Sequence[CallRecord]
     damage: Sequence[Damage]
     blocked: str | None
+    left: Mapping[str, frozenset[str]]
 
     @property
     def is_plan(self) -> bool:
@@ -121,6 +123,11 @@ def _read(storage: Storage, record: RunRecord) -> StoredRun:
     log = _guarded(lambda: storage.read_log(run_id, on_damage=damage.append), damage, record, "log") or []
     records = _records(log, damage, record)
     messages = _guarded(lambda: storage.read_messages(run_id, damage.append), damage, record, "messages")
+    left = {run_id: frozenset(message.name for message in messages or ())}
+    waits = ((body.get("position") or {}).get("waits") or {}).values()
+    for part in {str(each["run"]) for listed in waits for each in listed if each.get("run")}:
+        sent = _guarded(lambda part=part: storage.read_messages(part), damage, record, f"messages to {part}")
+        left[part] = frozenset(message.name for message in sent or ())
     state = effective_state(record)
     calls = _guarded(lambda: _calls(storage, record, state, damage), damage, record, "journal")
     chosen = row.sequence if row is not None else 0
@@ -141,6 +148,7 @@ def _read(storage: Storage, record: RunRecord) -> StoredRun:
         calls=calls or (),
         damage=tuple(dict.fromkeys(damage)),
         blocked=blocked,
+        left=left,
     )
 
 
@@ -175,10 +183,7 @@ def readable_body(row: CheckpointRow) -> dict[str, Any]:
     try:
         return stored.parse_body(row)
     except UnknownType:
-        body = readable(plain_json(row.body))
-        if not isinstance(body, dict):
-            raise CorruptData(f"Checkpoint {row.checkpoint_id!r} has no readable body.") from None
-        return body
+        return stored.whole_body(row, readable(plain_json(row.body)))
 
 
 def _definition(storage: Storage, record: RunRecord, damage: list[Damage]) -> Mapping[str, Any] | None:
@@ -225,10 +230,7 @@ def _parse(row: LogRow) -> list[dict[str, Any]]:
     try:
         return stored.parse_log([row])
     except UnknownType:
-        parsed = readable(plain_json(row.record))
-        if not isinstance(parsed, list) or not all(isinstance(each, dict) for each in parsed):
-            raise CorruptData(f"The log row {row.sequence} does not hold records.") from None
-        return [{**each, "sequence": row.sequence} for each in parsed]
+        return [{**each, "sequence": row.sequence} for each in readable(stored.plain_records(row))]
 
 
 def _events(rows: Sequence[LogRow], damage: list[Damage], record: RunRecord) -> list[Mapping[str, Any]]:

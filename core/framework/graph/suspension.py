@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-WaitKind = Literal["sleep", "signal", "answer", "settle"]
+WaitKind = Literal["sleep", "signal", "answer", "settle", "input"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,10 @@ class Waiting:
     in seconds since the epoch. ``call`` is the id of the call that waits, ``"<step>/<number>"``. ``name`` is what a
     person answers by: the signal's name, the question's id, or the id of the call to be settled. ``occurrence`` counts
     the run's waits for signals of one name, from 1. ``question`` and ``schema`` are those of ``ask``; of a settlement
-    ``question`` says what is not known. ``refused`` says why the node did not take the last answer to the question.
+    ``question`` says what is not known, of a sleep why, when that is another process's work. ``refused`` says why the
+    node did not take the last answer to the question. ``run`` is the id of the run that waits, empty for the step's
+    own: a plan's step waits for what the run of its sub-graph waits for. Only there ``input`` is met: a person is asked
+    at the node ``name`` of that run, at the checkpoint ``call``, and the plan's next call goes on from there.
     """
 
     kind: WaitKind
@@ -33,9 +36,10 @@ class Waiting:
     schema: Any = None
     occurrence: int = 1
     refused: str | None = None
+    run: str = ""
 
     def is_over(self, messages: Container[str], now: float) -> bool:
-        """Whether the step can go on: ``messages`` are the names of those left for the run."""
+        """Whether the step can go on: ``messages`` are the names of those left for the run that waits."""
         return (self.until is not None and now >= self.until) or (bool(self.message) and self.message in messages)
 
     def to_json(self) -> dict[str, Any]:
@@ -54,13 +58,15 @@ class Waiting:
         """What it is, in a few words."""
         match self.kind:
             case "sleep":
-                return "sleeps until it is due"
+                return self.question or "sleeps until it is due"
             case "signal":
                 which = f" (number {self.occurrence})" if self.occurrence > 1 else ""
                 return f"waits for the signal {self.name!r}{which}"
             case "answer":
                 refused = f"; the last answer was refused: {self.refused}" if self.refused else ""
                 return f"asks {self.question!r} (question {self.name!r}){refused}"
+            case "input":
+                return f"asks a person for input at {self.name!r}"
             case _:
                 return f"waits for {self.name!r} to be settled: {self.question}"
 

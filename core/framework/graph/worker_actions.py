@@ -7,13 +7,17 @@ import functools
 import inspect
 import json
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from framework._secrets import mask, mask_value
-from framework.errors import LLMError, UnstorableValue
+from framework.errors import LLMError, RunBusy, UnstorableValue
+from framework.graph.budget import PartAccount
 from framework.graph.calls import KEY, StepThreads, tokens_of, tool_takes_key
+from framework.graph.checkpoint_manager import CheckpointManager
+from framework.graph.child_runs import PausedPart, paused_part, spent_by
 from framework.graph.code_checks import needed_names
 from framework.graph.code_sandbox import CodeSandbox
 from framework.graph.journal import AttemptJournal, CallSpec, request_hash
@@ -23,12 +27,15 @@ from framework.graph.json_reply import widest_braces
 from framework.graph.node_base import is_infrastructure_error
 from framework.graph.plan import ActionType, PlanStep
 from framework.graph.references import call_arguments, own_copy
+from framework.graph.run_commits import wait_for
+from framework.graph.suspension import Waiting
 from framework.graph.text import fill_placeholders, shorten, text_of
 from framework.graph.worker_errors import error_text, transient_kind
 from framework.llm.calls import ask, cost_of, method_of
 from framework.llm.provider import Tool, ToolUse
 from framework.llm.stops import stopped_short
 from framework.llm.tool_loop import paid_before
+from framework.storage.committer import committer_of
 
 _FENCE = re.compile(r"```[\w+-]*[ \t]*\r?\n?(.*?)```", re.DOTALL)
 _UNPARSED = object()
@@ -40,7 +47,8 @@ class StepExecutionResult:
 
     ``cost`` is what models took, in US dollars, as far as prices are known. ``transient`` is what the provider's error
     says of itself, ``None`` for any other: ``False`` means that the same work will be refused each time.
-    ``retry_after`` is how many seconds the provider asks to wait before the next attempt.
+    ``retry_after`` is how many seconds the provider asks to wait before the next attempt. ``waits`` of one that did not
+    succeed is what the run of its sub-graph waits for: the step waits for that, and the attempt counts for nothing.
     """
 
     success: bool
@@ -53,6 +61,7 @@ class StepExecutionResult:
     cost: float = 0.0
     transient: bool | None = None
     retry_after: float | None = None
+    waits: tuple[Waiting, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,10 @@ class AttemptInfo:
     child_cost: float = 0.0
     journal: AttemptJournal | None = field(default=None, repr=False, compare=False)
     """Where questions to models and tool calls of the attempt are recorded, and answered from after a crash."""
+    part: PartAccount | None = field(default=None, repr=False, compare=False)
+    """How what a sub-graph takes counts with the plan; it is open while the worker works."""
+    answered_at: str = ""
+    """The checkpoint at which the sub-graph's run waited for a person, when one who was told has called again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +96,13 @@ class SubGraph:
 
 @dataclass(slots=True)
 class Resources:
-    """What work is done with."""
+    """What work is done with. ``policies`` are those of functions that were registered with one, by name."""
 
     llm: Any = None
     tools: dict[str, Tool] = field(default_factory=dict)
     tool_executor: Callable[..., Any] | None = None
     functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    policies: dict[str, Policy] = field(default_factory=dict)
     sub_graph_executor: Callable[..., Any] | None = None
     sub_graphs: dict[str, SubGraph] = field(default_factory=dict)
     sandbox: CodeSandbox = field(default_factory=CodeSandbox)
@@ -279,21 +293,18 @@ async def _use_tool(resources: Resources, work: Work, name: str, args: dict[str,
         return [mask_value(getattr(answer, "content", answer)), getattr(answer, "is_error", False) is True]
 
     # What a person says it answered becomes text, as a tool's own answer is: JSON in it is spread over the outputs.
-    content, is_error = await _journaled(
-        resources, work, name, args, make, lambda action, value: [text_of(value) if action == "done" else None, False]
+    spec = CallSpec(
+        policy_of(resources.tools[name]),
+        settled=lambda action, value: [text_of(value) if action == "done" else None, False],
     )
+    content, is_error = await _journaled(work, f"tool:{name}", args, make, spec)
     return content, is_error
 
 
 async def _journaled(
-    resources: Resources,
-    work: Work,
-    name: str,
-    args: Mapping[str, Any],
-    make: Callable[[str], Awaitable[Any]],
-    settled: Callable[[str, Any], Any],
+    work: Work, name: str, args: Mapping[str, Any], make: Callable[[str], Awaitable[Any]], spec: CallSpec
 ) -> Any:
-    """What ``make(key)`` returns, as a tool call of the attempt's journal; ``args`` are what it asks.
+    """What ``make(key)`` returns, as a call of the attempt's journal; ``args`` are what it asks.
 
     What has no stored form is not recorded; whether the step's outputs can be, its commit will say.
     """
@@ -306,11 +317,10 @@ async def _journaled(
         made.append(await make(key))
         return made[0]
 
-    request = request_hash([name, {key: args[key] for key in sorted(args)}], f"the arguments of tool {name!r}")
-    tool = resources.tools.get(name)
-    policy: Policy = policy_of(tool) if tool is not None else "rerun"
+    kind, _, called = name.partition(":")
+    request = request_hash([called, {key: args[key] for key in sorted(args)}], f"the arguments of {kind} {called!r}")
     try:
-        return await journal.call(f"tool:{name}", request, note, CallSpec(policy, settled=settled))
+        return await journal.call(name, request, note, spec)
     except UnstorableValue:
         if not made:
             raise
@@ -326,9 +336,10 @@ async def _tool_function(resources: Resources, name: str, args: dict[str, Any], 
     async def make(key: str) -> Any:
         return mask_value(await _call(resources, work, known, **given))
 
-    asked = {key: value for key, value in given.items() if key != KEY}
+    tool = resources.tools.get(name)
+    policy = resources.policies.get(name) or (policy_of(tool) if tool is not None else "rerun")
     try:
-        value = await _journaled(resources, work, name, asked, make, lambda action, value: value)
+        value = await _journaled(work, f"tool:{name}", _asked(given), make, _function_spec(work, policy))
     except Exception as error:  # noqa: BLE001 - becomes the failed result, or is raised again there
         return raised(error, "tool_exception", "tool_use")
     if not (isinstance(value, dict) and "success" in value):
@@ -347,6 +358,16 @@ async def _tool_function(resources: Resources, name: str, args: dict[str, Any], 
     return result
 
 
+def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a function is asked: its arguments, without the key."""
+    return {name: value for name, value in given.items() if name != KEY}
+
+
+def _function_spec(work: Work, policy: Policy) -> CallSpec:
+    """How a call of a registered function is recorded: under the key that the function is given, the step's."""
+    return CallSpec(policy, key=work.info.idempotency_key or None)
+
+
 async def function(resources: Resources, work: Work) -> StepExecutionResult:
     """Call a registered function with ``function_args`` overlaid by the inputs."""
     name = work.step.action.function_name
@@ -360,8 +381,16 @@ async def function(resources: Resources, work: Work) -> StepExecutionResult:
     given, problem_ = _bind(known, name, args, work.info)
     if problem_ is not None:
         return failure(problem_, "invalid_action", "function")
+
+    async def make(key: str) -> Any:
+        return await _call(resources, work, known, **given)
+
+    policy = resources.policies.get(name, "rerun")
     try:
-        value = await _call(resources, work, known, **given)
+        if policy == "rerun":  # its value goes into the step's own commit
+            value = await make("")
+        else:
+            value = await _journaled(work, f"function:{name}", _asked(given), make, _function_spec(work, policy))
     except Exception as error:  # noqa: BLE001 - becomes the failed result, or is raised again there
         return raised(error, "function_exception", "function")
     return StepExecutionResult(True, outputs={"result": value}, executor_type="function")
@@ -378,13 +407,33 @@ async def sub_graph(resources: Resources, work: Work) -> StepExecutionResult:
             f"Graph {graph_id!r} cannot be run: call register_graph({graph_id!r}, ...) or give a sub_graph_executor"
         )
         return failure(problem, "configuration", "sub_graph")
+    manager = manager_of(registered) if registered is not None and work.info.child_run_id is not None else None
+    paused: PausedPart | None = None
     try:
+        if manager is not None:
+            paused = await _paused(manager, work.info)
+            if paused is not None and not paused.may_go_on(work.info.answered_at):
+                # It waits since before: to execute it would be taken for a person's answer.
+                return _held(graph_id, work.info, paused, await _spent_since(manager, work.info))
         if registered is not None:
             outcome = await _call(resources, work, _child, registered, work)
         else:
             assert resources.sub_graph_executor is not None
             given = (graph_id, work.inputs, _copied(work.context))
             outcome = await _call(resources, work, resources.sub_graph_executor, *given)
+        if manager is not None and isinstance(getattr(outcome, "paused_at", None), str):
+            paused = await _paused(manager, work.info)
+            if paused is not None:
+                return _held(graph_id, work.info, paused, _newly_spent(outcome, work.info))
+    except RunBusy as busy:
+        if manager is None or busy.run_id != work.info.child_run_id:
+            return failure_of(busy, "sub_graph_exception", "sub_graph")
+        # Somebody resumed it by itself, or its process is gone and its lease is not over yet.
+        until = time.time() + busy.seconds_left
+        waits = (
+            Waiting("sleep", busy.run_id, until=until, run=busy.run_id, question="is worked on by another process"),
+        )
+        return _held(graph_id, work.info, PausedPart(waits, False), (0, 0.0))
     except Exception as error:  # noqa: BLE001 - a lost lease or a broken store is the child's, not this run's
         return failure_of(error, "sub_graph_exception", "sub_graph")
     paused_at = getattr(outcome, "paused_at", None)
@@ -407,12 +456,39 @@ async def sub_graph(resources: Resources, work: Work) -> StepExecutionResult:
 SUB_GRAPH_PAUSED = "sub_graph_paused"
 
 
+def manager_of(registered: SubGraph) -> CheckpointManager | None:
+    """By what the runs of a registered graph are durable; ``None`` when they are not."""
+    manager = getattr(registered.executor, "checkpoint_manager", None)
+    return manager if isinstance(manager, CheckpointManager) and manager.config.enabled else None
+
+
+async def _paused(manager: CheckpointManager, info: AttemptInfo) -> PausedPart | None:
+    run_id, store = str(info.child_run_id), committer_of(manager.storage)
+    soon = manager.config.sleep_in_process_seconds  # in which it is waited for without pausing
+    return await wait_for(store.call(lambda storage: paused_part(storage, run_id, time.time() + soon)))
+
+
+async def _spent_since(manager: CheckpointManager, info: AttemptInfo) -> tuple[int, float]:
+    """What the graph's run has taken, by its store, without what earlier attempts of the step have counted."""
+    run_id = str(info.child_run_id)
+    spent = await wait_for(committer_of(manager.storage).call(lambda storage: spent_by(storage, run_id)))
+    return max(0, spent.tokens - info.child_tokens), max(0.0, round(spent.cost - info.child_cost, 12))
+
+
+def _held(graph_id: str, info: AttemptInfo, paused: PausedPart, spent: tuple[int, float]) -> StepExecutionResult:
+    waits = "; ".join(each.text for each in paused.waits)
+    result = failure(f"Run {info.child_run_id!r} of graph {graph_id!r} {waits}", SUB_GRAPH_PAUSED, "sub_graph")
+    result.waits, (result.tokens_used, result.cost) = paused.waits, spent
+    return result
+
+
 def _newly_spent(outcome: Any, info: AttemptInfo) -> tuple[int, float]:
     """The tokens and dollars of a graph's run, without those that earlier attempts of the step have counted: a run that
     went on says what it took from its beginning."""
     tokens, cost = int(getattr(outcome, "total_tokens", 0) or 0), getattr(outcome, "total_cost", 0.0)
     cost = float(cost) if isinstance(cost, (int, float)) else 0.0
-    if not isinstance(getattr(outcome, "resumed_from", None), str):
+    went_on = info.part is not None and info.part.resumed
+    if not went_on and not isinstance(getattr(outcome, "resumed_from", None), str):
         return tokens, cost
     return max(0, tokens - info.child_tokens), max(0.0, round(cost - info.child_cost, 12))
 

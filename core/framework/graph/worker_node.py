@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from framework._secrets import masked_traceback
+from framework.graph.calls import policy_for
 from framework.graph.code_sandbox import CodeSandbox
 from framework.graph.node_base import is_infrastructure_error
 from framework.graph.plan import PlanStep
@@ -24,7 +25,7 @@ from framework.graph.worker_actions import (
     parse_llm_json_response,
     raised,
 )
-from framework.llm.provider import Tool
+from framework.llm.provider import Tool, ToolPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +89,15 @@ class WorkerNode:
         """Where code steps run."""
         return self.resources.sandbox
 
-    def register_function(self, name: str, function: Callable[..., Any]) -> None:
-        """Let steps call ``function``, sync or async, under ``name``."""
+    def register_function(
+        self, name: str, function: Callable[..., Any], *, effects: bool = False, policy: ToolPolicy | None = None
+    ) -> None:
+        """Let steps call ``function``, sync or async, under ``name``; see `FlexibleGraphExecutor.register_function`."""
+        declared = policy_for(name, effects, policy)
         self.resources.functions[name] = function
+        self.resources.policies.pop(name, None)
+        if effects or policy is not None:  # else a tool of this name may say what it does
+            self.resources.policies[name] = declared
 
     def register_tool(self, tool: Tool) -> None:
         """Let steps use ``tool``."""

@@ -12,9 +12,9 @@ import functools
 import inspect
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,22 @@ class _Ended:
     error: BaseException | None = None
 
 
+class _Working:
+    """The block of ``StepThreads.working_on``. A class, as each attempt of each step enters one."""
+
+    __slots__ = ("_now", "_token")
+
+    def __init__(self, threads: StepThreads, key: object) -> None:
+        self._now = (threads, key)
+
+    def __enter__(self) -> None:
+        self._token = _step.set(self._now)
+
+    def __exit__(self, *raised: object) -> None:
+        with suppress(ValueError):  # a coroutine that is closed from outside ends in another context
+            _step.reset(self._token)
+
+
 class StepThreads:
     """The threads that work on steps: an attempt never begins while a thread of an earlier one still runs.
 
@@ -141,15 +157,9 @@ class StepThreads:
                 error.args = (NOT_BEGUN,)
                 raise
 
-    @contextmanager
-    def working_on(self, key: object) -> Iterator[None]:
+    def working_on(self, key: object) -> _Working:
         """Count the threads that `in_thread` begins inside, in this task, as threads of the step ``key``."""
-        token = _step.set((self, key))
-        try:
-            yield
-        finally:
-            with suppress(ValueError):  # a coroutine that is closed from outside ends in another context
-                _step.reset(token)
+        return _Working(self, key)
 
     async def run(self, key: object, function: Callable[[], Any], watch: Watch | None = None) -> Any:
         """What ``function`` returns in a thread of its own, begun at once; ``watch`` is told when this is cancelled."""

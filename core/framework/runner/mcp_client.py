@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import quote
 
@@ -71,6 +72,7 @@ class McpServers:
         server = _Server(config)
         listed = self._loop.submit(server.open()).result()
         self._servers.append(server)
+        _warn_of_unknown(config, [name for name, _ in listed])
         return [self._remote(server, name, tool) for name, tool in listed]
 
     def _remote(self, server: _Server, name: str, tool: Tool) -> RemoteTool:
@@ -96,6 +98,20 @@ def _import_mcp() -> None:
         import mcp  # noqa: F401 - the rest of this module imports from it
     except ImportError as error:
         raise ToolError("the package `mcp` is not installed. Install it with: pip install 'surefoot[mcp]'") from error
+
+
+def _warn_of_unknown(config: ServerConfig, names: list[str]) -> None:
+    """Tell of policies for tools that the server does not have: whoever wrote them relies on them."""
+    for name in sorted(set(config.policies) - set(names)):
+        near = get_close_matches(name, names, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"its tools are {', '.join(sorted(names)) or 'none'}."
+        logger.warning(
+            "MCP server %r: policies names a tool %r that it does not have, so %r counts for none; %s",
+            config.name,
+            name,
+            config.policies[name],
+            hint,
+        )
 
 
 def _closed_error(config: ServerConfig) -> ToolError:

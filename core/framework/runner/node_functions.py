@@ -7,17 +7,21 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from framework.errors import AgentFileError
+from framework.graph.calls import policy_for
+from framework.llm.provider import ToolPolicy
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _MARK = "__surefoot_nodes__"
+_POLICY = "__surefoot_policy__"
 
 
-def node_function(*node_ids: str) -> Callable[[F], F]:
+def node_function(*node_ids: str, effects: bool = False, policy: ToolPolicy | None = None) -> Callable[[F], F]:
     """Mark a function of ``nodes.py`` or ``tools.py`` as what the nodes with these ids run; it stays what it was.
 
-    Without an id it is the node of the function's own name. Raises ``TypeError`` when the decorator is used without
-    its brackets.
+    Without an id it is the node of the function's own name. ``effects`` says that it changes something outside,
+    ``policy`` what becomes of a call that was cut off, in all nodes that run it: see `FunctionNode`. Raises
+    ``TypeError`` when the decorator is used without its brackets, ``ValueError`` for another policy.
     """
     if any(not isinstance(node_id, str) for node_id in node_ids):
         raise TypeError('Write @node_function("node id") or @node_function(), with brackets.')
@@ -25,6 +29,8 @@ def node_function(*node_ids: str) -> Callable[[F], F]:
     def mark(function: F) -> F:
         earlier = getattr(function, _MARK, ())
         setattr(function, _MARK, (*earlier, *(node_ids or (function.__name__,))))
+        if effects or policy is not None:
+            setattr(function, _POLICY, policy_for(function.__name__, effects, policy))
         return function
 
     return mark
@@ -59,6 +65,12 @@ def nodes_of(module: ModuleType, file: str) -> dict[str, Any]:
             if found.setdefault(node_id, value) is not value:
                 raise AgentFileError(file, f"node {node_id!r} has two functions; keep one of them")
     return found
+
+
+def policy_of(function: Callable[..., Any]) -> ToolPolicy | None:
+    """The policy that ``function`` is marked with, however it came to its node."""
+    policy: ToolPolicy | None = getattr(function, "__dict__", {}).get(_POLICY)
+    return policy
 
 
 def _marks(value: object) -> tuple[str, ...]:

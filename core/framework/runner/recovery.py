@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import threading
 import time
@@ -20,7 +21,9 @@ from framework.errors import StorageError
 from framework.graph import stopping
 from framework.graph.cancelling import LET_GO
 from framework.graph.recovery import Recovered, recover_run, recoverable_runs
+from framework.schemas.run import RunState
 from framework.storage.interface import Storage
+from framework.storage.ownership import effective_state
 from framework.storage.records import RunRecord
 
 T = TypeVar("T")
@@ -35,6 +38,10 @@ _LONGEST_WAIT_SECONDS = 300.0
 
 _LONGEST_AWAY_SECONDS = 60.0
 """A store that cannot be reached is asked again ever less often, but at least this often."""
+
+_SHARE_OF_LOOKS = 0.1
+"""While runs of the last look are left, further looks take at most this share of a worker's time: with a backlog of
+many thousands, one at the end of each run would be most of what it does."""
 
 _CROWD = 32
 """Workers choose among this many of the oldest runs, so that many of them do not all try for the same one."""
@@ -79,7 +86,8 @@ class Worker(Generic[T]):
     """Recovers runs of ``storage`` until it is stopped, at most ``concurrency`` at once.
 
     ``resume`` executes a run by its id, as of ``CheckpointManager.recover``, and should handle its own errors: what it
-    raises is logged, and the run tried again later, ever less often, and so is what ``is_missed``. ``tell`` hears of
+    raises is logged, and the run tried again later, ever less often, and so is what ``is_missed``, and a run that was
+    resumed and is at once one to recover again: that failed once more, say. ``tell`` hears of
     each run, as it was found, when it ends; ``problem`` of a store that cannot be reached, once, and with ``None`` once
     it can again. ``is_ours`` says which runs are looked at, ``failed`` whether failed ones are, too.
 
@@ -118,6 +126,10 @@ class Worker(Generic[T]):
         self._random = rng or random.Random()
         self._backoff = Backoff(interval, clock)
         self._active: dict[asyncio.Task[None], RunRecord] = {}
+        self._clock = clock
+        self._found: list[RunRecord] = []
+        self._look_took = 0.0
+        self._looked_at = -math.inf
         self._halt = threading.Event()
         self._away = 0
 
@@ -137,7 +149,7 @@ class Worker(Generic[T]):
         waiting: asyncio.Task[bool] | None = None
         try:
             while not self._is_over():
-                pause = await self._fill()
+                pause = await self._fill(waiting is None)
                 if self._is_over():
                     break
                 if waiting is None:
@@ -166,41 +178,53 @@ class Worker(Generic[T]):
         while self._active:
             await asyncio.wait(list(self._active))
 
-    async def _fill(self) -> float:
-        """Take up runs while there is room; how long to wait then, in seconds."""
+    async def _fill(self, is_time: bool) -> float:
+        """Take up runs while there is room; how long to wait then, in seconds. ``is_time`` says that the time between
+        two looks is over, or that the store told of work."""
         free = self._concurrency - len(self._active)
         if free < 1:
             return self._interval  # a run that ends wakes it before
-        try:
-            runs = await asyncio.to_thread(self._look)
-        except StorageError as error:
-            self._away += 1
-            if self._away == 1:
-                self._problem(mask_error(error))
-            wait = min(self._interval * 2.0 ** min(self._away - 1, 10), max(_LONGEST_AWAY_SECONDS, self._interval))
-            return wait * self._random.uniform(0.75, 1.0)
-        if self._away:
-            self._away = 0
-            self._problem(None)
-        for run in self._chosen(runs, free):
+        pause = self._interval * self._random.uniform(0.75, 1.0)
+        is_soon = self._clock() - self._looked_at < self._look_took / _SHARE_OF_LOOKS
+        chosen = [] if is_time and not (is_soon and self._found) else self._chosen(free)
+        if not chosen and (is_time or not is_soon):
+            began = self._clock()
+            try:
+                self._found = await asyncio.to_thread(self._look)
+            except StorageError as error:
+                self._away += 1
+                if self._away == 1:
+                    self._problem(mask_error(error))
+                wait = min(self._interval * 2.0 ** min(self._away - 1, 10), max(_LONGEST_AWAY_SECONDS, self._interval))
+                return wait * self._random.uniform(0.75, 1.0)
+            self._looked_at = self._clock()
+            self._look_took = self._looked_at - began
+            if self._away:
+                self._away = 0
+                self._problem(None)
+            chosen = self._chosen(free)
+        for run in chosen:
             task = asyncio.create_task(self._one(run))
             self._active[task] = run
             task.add_done_callback(self._ended)
-        return self._interval * self._random.uniform(0.75, 1.0)
+        return pause
 
     def _look(self) -> list[RunRecord]:
         return recoverable_runs(self._storage, failed=self._failed, is_ours=self._is_ours)
 
-    def _chosen(self, runs: list[RunRecord], free: int) -> list[RunRecord]:
-        """Some of the oldest; those that were tried before come last."""
+    def _chosen(self, free: int) -> list[RunRecord]:
+        """Some of the oldest of the last look, which are then no more in it; those that were tried before come last."""
         under_way = {run.run_id for run in self._active.values()}
-        fit = [run for run in runs if run.run_id not in under_way and self._backoff.is_due(run)]
+        fit = [run for run in self._found if run.run_id not in under_way and self._backoff.is_due(run)]
         new = [run for run in fit if run.run_id not in self._backoff.missed]
         crowd = new[: max(_CROWD, free)] if len(new) > free else new
         self._random.shuffle(crowd)
         again = [run for run in fit if run.run_id in self._backoff.missed]
         chosen = sorted(crowd[:free], key=lambda run: (run.created_at, run.run_id))
-        return [*chosen, *again[: free - len(chosen)]]
+        chosen += again[: free - len(chosen)]
+        taken = {run.run_id for run in chosen}
+        self._found = [run for run in fit if run.run_id not in taken]
+        return chosen
 
     def _storage_wait(self, seconds: float) -> bool:
         try:
@@ -211,14 +235,24 @@ class Worker(Generic[T]):
 
     async def _one(self, run: RunRecord) -> None:
         found: Recovered[T] = await recover_run(self._storage, run, self._resume, self._lease_seconds)
-        if not self._is_missed(found):
-            self._backoff.forget(run.run_id)
-        elif found.outcome == "busy":
+        if found.outcome == "busy":
             self._backoff.forget(run.run_id)  # another has it: if that one lets it go, it is as any
         else:
             now = await asyncio.to_thread(self._storage.find_run, run.run_id)
-            self._backoff.miss(now or run)
+            if self._is_missed(found) or (now is not None and self._is_as_before(run, now)):
+                self._backoff.miss(now or run)
+            else:
+                self._backoff.forget(run.run_id)
         self._tell(run, found)
+
+    def _is_as_before(self, run: RunRecord, now: RunRecord) -> bool:
+        """Whether the run is one to recover again though it was just resumed: at once, it would go round for ever."""
+        state = effective_state(now)
+        return (
+            state is RunState.CRASHED
+            or (self._failed and state is RunState.FAILED)
+            or (state is run.state and now.sequence == run.sequence)
+        )
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         run = self._active.pop(task)

@@ -28,7 +28,7 @@ from framework.runner.agent_folder import SERVERS_FILE, connect_servers, load_co
 from framework.runner.agent_info import AgentInfo, ValidationResult
 from framework.runner.agent_model import AgentModel
 from framework.runner.agent_runs import LATEST, AgentRuns, facts_of
-from framework.runner.node_functions import is_node
+from framework.runner.node_functions import is_node, policy_of
 from framework.runner.places import default_storage_url, documents_dir
 from framework.runner.protocol import AgentMessage, CapabilityResponse
 from framework.runner.tool_registry import ToolRegistry
@@ -42,7 +42,7 @@ from framework.storage.records import RunRecord
 from framework.storage.sweeping_background import Sweeping, start_sweeping
 
 if TYPE_CHECKING:
-    from framework.llm.provider import Tool
+    from framework.llm.provider import Tool, ToolPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -197,14 +197,16 @@ class AgentRunner:
             elif is_node(value):
                 self.register_node(node_id, value)
             else:
-                self.register_function(node_id, value)
+                self.register_function(node_id, value, policy=policy_of(value))
         self._has_servers = (folder / SERVERS_FILE).is_file()
 
     # --- what the agent is made of --------------------------------------------------------------------------------
 
-    def register_function(self, node_id: str, func: Callable[..., Any]) -> None:
-        """Use a function, sync or async, for the node ``node_id``."""
-        self.node_registry[node_id] = FunctionNode(func)
+    def register_function(
+        self, node_id: str, func: Callable[..., Any], *, effects: bool = False, policy: ToolPolicy | None = None
+    ) -> None:
+        """Use a function, sync or async, for the node ``node_id``; see `GraphExecutor.register_function`."""
+        self.node_registry[node_id] = FunctionNode(func, effects=effects, policy=policy)
 
     def register_node(self, node_id: str, implementation: Any) -> None:
         """Use an object with ``execute(ctx)`` for the node ``node_id``."""

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel
 
 from framework._secrets import mask, mask_error, masked_traceback
-from framework.errors import CodecError, StorageError
+from framework.errors import CodecError, LeaseLost, StorageError
 from framework.graph.run_events import RunEvent
 from framework.runtime.events import EventHub
 from framework.schemas.decision import Decision, DecisionType, Option, Outcome
@@ -60,7 +60,7 @@ class _Recorder:
 class _ActiveRun:
     """A run between ``start_run`` and ``end_run``. ``owner`` is its runtime; ``introduced`` says whether an event of
     this process has told when the run started. ``live`` lacks the decisions of ``earlier`` events until somebody reads
-    the run: one with thousands of them goes on at once."""
+    the run: one with thousands of them goes on at once. ``token`` is that of ``fence_run``."""
 
     owner: weakref.ref[Runtime]
     live: Run
@@ -69,6 +69,7 @@ class _ActiveRun:
     node: str = UNKNOWN_NODE
     introduced: bool = False
     ended: bool = False
+    token: int | None = None
     recorders: list[_Recorder] = dataclasses.field(default_factory=list)
     reading: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     before: tuple[Run, list[str]] | None = None
@@ -225,6 +226,20 @@ class Runtime:
             self._save(active)
 
         self._now_or_later(save)
+
+    def fence_run(self, run_id: str, token: int) -> None:
+        """Save the active run's document from now on as its owner, by the fencing token of its lease.
+
+        Once the store has the run under another token it has another owner, who writes its document: what is saved here
+        is refused then, with a logged warning. A run that the store does not have as one with a lease (it is another
+        store than the checkpoints') has nobody to ask, and its document is saved.
+        """
+        with self._lock:
+            active = self._find(run_id)
+            if active is None:
+                logger.warning("fence_run: %s.", _no_run(run_id))
+                return
+            active.token = token
 
     def abandon_run(self, run_id: str | None = None) -> None:
         """Drop the current run, or the one named, saving nothing: for an owner that has lost the run to another."""
@@ -495,9 +510,10 @@ class Runtime:
         with self._lock:  # its decisions go on while it is being written
             lists = {"decisions": list(whole.decisions), "problems": list(whole.problems)}
             run = whole.model_copy(update={**lists, "metrics": whole.metrics.model_copy(deep=True)})
+        fence = {} if active.token is None else {"token": active.token}  # a store of others may know no tokens
         try:
             try:
-                self._storage.save_run(run)
+                self._storage.save_run(run, **fence)
             except (CodecError, TypeError, ValueError, RecursionError) as error:
                 if isinstance(error, StorageError):
                     raise
@@ -505,7 +521,9 @@ class Runtime:
                 plain = _Plain("run")
                 degraded = Run.model_validate(plain.dict_of(dict(run)))
                 _report_lost(degraded, plain.lost)
-                self._storage.save_run(degraded)
+                self._storage.save_run(degraded, **fence)
+        except LeaseLost:
+            logger.warning("The document of run %r was not saved: another owner has taken the run over.", run.id)
         except Exception as error:  # any storage may be plugged in, and the caller's run goes on without its document
             what = f"The document of run {run.id!r} was not saved: {_described(error)}"
             logger.warning("%s\n%s", what, masked_traceback(error))

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from framework.schemas.retention import RetentionPolicy
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the stored form of a checkpoint; a reader refuses a newer one."""
 
 
@@ -72,8 +72,8 @@ class CheckpointConfig(BaseModel):
     max_recovery_attempts: int = Field(
         default=5,
         ge=0,
-        description="How often in a row a run of a graph goes on after its process vanished, without a finished step "
-        "or attempt in between; then it fails. Plans have ExecutorConfig.max_recovery_attempts.",
+        description="How often in a row a run of a graph goes on after its process vanished, without a finished step, "
+        "attempt or call inside a step in between; then it fails. Plans have ExecutorConfig.max_recovery_attempts.",
     )
     keep_journal: bool = Field(
         default=False, description="Whether a step's journal stays after its commit, for audit; else it goes with it."

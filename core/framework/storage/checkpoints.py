@@ -29,6 +29,7 @@ from framework.storage.checks import MAX_KEY, check_id
 from framework.storage.chunks import Chunk
 from framework.storage.compression import pack_all, unpack_all
 from framework.storage.records import NO_TOKEN, CheckpointRow, Commit, Damage, LogRow, NewRun
+from framework.storage.short_forms import SHORT_FORMAT, long_body, long_records, short_body, short_records
 
 if TYPE_CHECKING:
     from framework.storage.interface import Storage
@@ -94,36 +95,52 @@ def encode_body(
     body: dict[str, Any] = {
         "v": version,
         "executor": executor,
-        "at": {codec.TAG: "datetime", "v": at.isoformat()} if plain and at.tzinfo is None and not at.fold else at,
+        "at": at,
         "status": status,
         "step_number": step_number,
         "tokens": tokens,
         "latency_ms": latency_ms,
         "digest": digest,
     }
-    for name, text in (("node", node), ("step", step), ("next", next_id)):
-        if text is not None:
-            body[name] = text
-    optional = {
-        "position": dict(position) if position else None,
-        "context": dict(context) if context else None,
-        "steps": dict(steps) if steps else None,
-        "extra": dict(extra) if extra else None,
-        "cost": round(cost, 12) if cost else None,
-        "path": list(path) if path else None,
-    }
-    body.update((key, value) for key, value in optional.items() if value)
-    if plain and isfinite(cost) and type(body["at"]) is dict:
+    if node is not None:
+        body["node"] = node
+    if step is not None:
+        body["step"] = step
+    if next_id is not None:
+        body["next"] = next_id
+    if position:
+        body["position"] = dict(position)
+    if context:
+        body["context"] = dict(context)
+    if steps:
+        body["steps"] = dict(steps)
+    if extra:
+        body["extra"] = dict(extra)
+    if cost and (rounded := round(cost, 12)):
+        body["cost"] = rounded
+    if path:
+        body["path"] = list(path)
+    stored_form = body if version < SHORT_FORMAT else short_body(body)
+    if plain and isfinite(cost) and type(stored_form["at"]) is str:
         try:
-            return orjson.dumps(body)
+            return orjson.dumps(stored_form)
         except (TypeError, ValueError):
-            body["at"] = at  # integers beyond 64 bits, lone surrogates: the codec has a form for them
-    return codec.encode(body, "checkpoint")
+            pass  # integers beyond 64 bits, lone surrogates: the codec has a form for them
+    return codec.encode(stored_form, "checkpoint")
+
+
+def encode_parsed(body: Mapping[str, Any]) -> bytes:
+    """The stored form of a body as ``parse_body`` gives it. Raises ``UnstorableValue``."""
+    return codec.encode(body if body["v"] < SHORT_FORMAT else short_body(body), "checkpoint")
 
 
 def parse_body(row: CheckpointRow) -> dict[str, Any]:
     """The body of a row. Raises ``CorruptData``, ``StoreTooNew``, ``UnknownType``."""
-    body = codec.decode(row.body)
+    return whole_body(row, codec.decode(row.body))
+
+
+def whole_body(row: CheckpointRow, body: Any) -> dict[str, Any]:
+    """What a row's decoded body says, whichever format it has. Raises ``CorruptData``, ``StoreTooNew``."""
     if not isinstance(body, dict) or "v" not in body:
         raise CorruptData(f"Checkpoint {row.checkpoint_id!r} has no readable body.")
     if body["v"] > FORMAT_VERSION:
@@ -131,6 +148,17 @@ def parse_body(row: CheckpointRow) -> dict[str, Any]:
             f"Checkpoint {row.checkpoint_id!r} has format version {body['v']}; this library reads up to "
             f"{FORMAT_VERSION}. Upgrade surefoot to resume it."
         )
+    return body if body["v"] < SHORT_FORMAT else long_body(body)
+
+
+def plain_body(row: CheckpointRow) -> dict[str, Any]:
+    """The body of a row as the JSON it is, tags included, and whole. Raises ``CorruptData``, ``StoreTooNew``."""
+    try:
+        body = whole_body(row, orjson.loads(row.body))
+    except orjson.JSONDecodeError as error:
+        raise CorruptData(f"Checkpoint {row.checkpoint_id!r} is not valid JSON: {error}.") from None
+    if isinstance(body.get("at"), datetime):
+        body["at"] = orjson.loads(codec.encode(body["at"]))
     return body
 
 
@@ -266,6 +294,11 @@ def decode_values(values: Mapping[str, bytes]) -> dict[str, Any]:
     return decoded | resolved
 
 
+def encode_records(records: Iterable[Mapping[str, Any]]) -> bytes:
+    """The records of one commit as its log row holds them. Raises ``UnstorableValue``."""
+    return codec.encode(short_records(records), "record")
+
+
 def parse_log(rows: Iterable[LogRow]) -> list[dict[str, Any]]:
     """The records of log rows, each with the ``sequence`` of its commit. Raises ``CorruptData``.
 
@@ -274,16 +307,31 @@ def parse_log(rows: Iterable[LogRow]) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     rows = list(rows)
     for row, parsed in zip(rows, _parse_all(rows), strict=True):
-        if type(parsed) is not list:
-            raise CorruptData(f"The log row {row.sequence} does not hold records.")
-        for record in parsed:
-            if type(record) is not dict:
-                raise CorruptData(f"The log row {row.sequence} does not hold records.")
+        for record in _long_records(row, parsed):
             if record.get("kind") == "rewind":
                 records = [earlier for earlier in records if earlier["sequence"] <= record["to"]]
             record["sequence"] = row.sequence
             records.append(record)
     return records
+
+
+def plain_records(row: LogRow) -> list[dict[str, Any]]:
+    """The records of a log row as the JSON they are, tags included, for types nobody has registered.
+
+    Raises ``CorruptData``.
+    """
+    try:
+        parsed = orjson.loads(row.record)
+    except orjson.JSONDecodeError as error:
+        raise CorruptData(f"The log row {row.sequence} is not valid JSON: {error}.") from None
+    return _long_records(row, parsed)
+
+
+def _long_records(row: LogRow, parsed: Any) -> list[dict[str, Any]]:
+    try:
+        return long_records(parsed)
+    except CorruptData:
+        raise CorruptData(f"The log row {row.sequence} does not hold records.") from None
 
 
 def _parse_all(rows: Sequence[LogRow]) -> list[Any]:

@@ -145,7 +145,7 @@ def summed(chunk: Chunk, known: bytes | None = None) -> SummedChunk:
     """``chunk`` with its checksum, which is ``known`` to whoever has verified it."""
     if type(chunk) is SummedChunk:
         return chunk
-    made = SummedChunk._make(chunk)
+    made: SummedChunk = tuple.__new__(SummedChunk, chunk)
     made.sum = _checksum(chunk) if known is None else known
     return made
 
@@ -157,9 +157,11 @@ def chain(previous: int, chunk: Chunk) -> int:
     """
     if chunk.op == "delete":
         return 0
-    own = checksum(chunk)
-    linked = previous.to_bytes(8, "big") + own if chunk.op == "append" else own
-    return int.from_bytes(blake2b(linked, digest_size=8).digest(), "big")
+    hasher = _EMPTY.copy()
+    if chunk.op == "append":
+        hasher.update(previous.to_bytes(8, "big"))
+    hasher.update(checksum(chunk))
+    return int.from_bytes(hasher.digest(), "big")
 
 
 def chains_of(chunks: Iterable[Chunk]) -> dict[str, int]:

@@ -142,7 +142,7 @@ def encode(value: Any, path: str = "value") -> bytes:
     """
     try:
         try:
-            return orjson.dumps(_plain(value, 0, False))
+            return orjson.dumps(value if type(value) in _SIMPLE else _plain(value, 0, False))
         except (TypeError, ValueError):
             # Integers beyond 64 bits and lone surrogates are too rare to be looked for at once: a second, slower walk.
             return orjson.dumps(_plain(value, 0, True))
@@ -159,7 +159,7 @@ def decode(data: bytes) -> Any:
     """The value stored as ``data``.
 
     Raises ``CorruptData`` when the bytes are not what ``encode`` writes, ``UnknownType`` when they name a type that is
-    not registered, or whose registered class cannot take what they hold.
+    not registered, or whose registered class cannot take what they hold, ``KeyNotFound`` for encrypted ones.
     """
     try:
         plain = orjson.loads(data)

@@ -91,6 +91,7 @@ def _wake_all(waiters: Sequence[asyncio.Future[None]]) -> None:
             waiter.set_result(None)
 
 
+_WRITES = (Commit, JournalWrite)
 _Item: TypeAlias = "tuple[Future[Any] | Ticket, Write | Callable[[Storage], Any]]"
 
 
@@ -108,7 +109,7 @@ class Committer:
         self._queue: deque[_Item] = deque()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._idle = False
+        self._idle = True  # whether somebody has to be told of work: the thread waits for it, or there is none
         self._working = False
         self._seconds = 0.0
         self.heartbeat.reset()
@@ -126,9 +127,7 @@ class Committer:
         """
         ticket = Ticket()
         if not (alone and self._is_alone(commit) and self._commit_at_once(commit, ticket)):
-            with self._wake:
-                self._queue.append((ticket, commit))
-                self._notify()
+            self._enqueue((ticket, commit))
         return ticket
 
     def _is_alone(self, commit: Commit) -> bool:
@@ -182,15 +181,17 @@ class Committer:
 
     def _put(self, item: Write | Callable[[Storage], Any]) -> Future[Any]:
         future: Future[Any] = Future()
-        with self._wake:
-            self._queue.append((future, item))
-            self._notify()
+        self._enqueue((future, item))
         return future
 
-    def _notify(self) -> None:
-        self._ensure_thread()
+    def _enqueue(self, item: _Item) -> None:
+        self._queue.append(item)
+        # A thread that is at work looks at the queue before it waits, and says that it will before it looks.
         if self._idle:
-            self._wake.notify()
+            with self._wake:
+                self._ensure_thread()
+                self._wake.notify()
+                self._idle = False
 
     def _ensure_thread(self) -> None:
         if self._thread is None or not self._thread.is_alive():
@@ -201,23 +202,28 @@ class Committer:
             self._thread.start()
 
     def _run(self, storage: Storage) -> None:
-        while True:
-            with self._wake:
+        try:
+            while self._wait():
+                self._working = True  # said before the queue gets shorter: see _commit_at_once
+                self._do(storage, self._take())
                 self._working = False
-                if not self._queue and not self._wait():
-                    self._thread = None
-                    return
-                work = self._take()
-                self._working = bool(work)
-            if work:
-                self._do(storage, work)
+        except BaseException:
+            with self._wake:
+                self._thread, self._idle, self._working = None, True, False
+            raise
 
     def _wait(self) -> bool:
-        """Wait for work; ``False`` when the thread may end."""
-        self._idle = True
-        notified = self._wake.wait(IDLE_SECONDS)
-        self._idle = False
-        return notified or bool(self._queue)
+        """Wait for work; ``False`` when there was none for so long that the thread is to end."""
+        if self._queue:
+            return True
+        with self._wake:
+            self._idle = True
+            if not self._queue:
+                self._wake.wait(IDLE_SECONDS)
+            self._idle = not self._queue
+            if self._idle:
+                self._thread = None  # who comes from here on starts another one
+            return not self._idle
 
     def _take(self) -> list[_Item]:
         """The next writes that may share a transaction, or one call. Two of one run may: they keep their order."""
@@ -225,7 +231,7 @@ class Committer:
         size = 0
         while self._queue and len(work) < MAX_BATCH and size < MAX_BATCH_BYTES:
             item = self._queue[0][1]
-            is_write = isinstance(item, Commit | JournalWrite)
+            is_write = isinstance(item, _WRITES)
             if work and not is_write:
                 break
             work.append(self._queue.popleft())
@@ -244,7 +250,7 @@ class Committer:
         if not live:
             return
         future, first = live[0]
-        if not isinstance(first, Commit | JournalWrite):
+        if not isinstance(first, _WRITES):
             assert isinstance(future, Future)
             try:
                 result = first(storage)
@@ -254,7 +260,7 @@ class Committer:
                 future.set_result(result)
             return
         began = time.perf_counter()
-        writes = [item for _, item in live if isinstance(item, Commit | JournalWrite)]
+        writes = [item for _, item in live if isinstance(item, _WRITES)]
         try:
             writes = pack_writes(storage, writes)
             outcomes: list[Exception | None] = storage.commit(writes)

@@ -204,9 +204,11 @@ def commit(sequence: int, run_id: str = "run_1", token: int = NO_TOKEN, **fields
     return Commit(run_id=run_id, token=token, sequence=sequence, **{**defaults, **fields})
 
 
-def journal(*rows: tuple[str, int, bytes], run_id: str = "run_1", token: int = NO_TOKEN) -> JournalWrite:
+def journal(
+    *rows: tuple[str, int, bytes], run_id: str = "run_1", token: int = NO_TOKEN, progress: bool = False
+) -> JournalWrite:
     """Journal rows, each given as its step, number and record."""
-    return JournalWrite(run_id, token, [JournalRow(*row) for row in rows])
+    return JournalWrite(run_id, token, [JournalRow(*row) for row in rows], progress)
 
 
 def accept(store: Storage, *commits: Write) -> None:

@@ -205,6 +205,36 @@ def journal_goes_with_its_run(subject: StorageUnderTest) -> None:
     equal((rows_of(store), rows_of(store, "run_2")), ([], [("s", 1, b"1")]), "a new run of the id, and another run")
 
 
+def finished_calls_are_progress(subject: StorageUnderTest) -> None:
+    """A write that tells of progress sets ``recovery_attempts`` to 0, together with its rows; no other write does."""
+    store = subject.new()
+    store.open_run(new_run(), "me", 0)
+    store.open_run(new_run("run_2"), "me", 0)
+    for attempts in (1, 2):
+        token = store.claim_run("run_1", f"owner {attempts}", 0).token
+    other = store.claim_run("run_2", "owner", 0)
+    refuse(store, journal(("s", 1, b"stale"), token=token + 1, progress=True), LeaseLost, "progress with a stale token")
+    refuse(store, journal(("", 1, b"bad"), token=token, progress=True), InvalidId, "progress with a row of no step")
+    accept(store, journal(("s", 1, b"intent"), token=token), journal(("s", 2, b"1"), ("s", 3, b"2"), token=token))
+    equal(found(store).recovery_attempts, 2, "attempts after writes that are no progress")
+    accept(store, journal(("s", 1, b"outcome"), token=token, progress=True))
+    for seen in subject.before_and_after_reopening(store):
+        record = found(seen)
+        equal((record.recovery_attempts, record.token, record.sequence), (0, token, 0), "the run after progress")
+        equal(rows_of(seen), [("s", 1, b"outcome"), ("s", 2, b"1"), ("s", 3, b"2")], "its rows")
+        equal(found(seen, "run_2"), other, "another run")
+    store = seen
+    for attempts in (1, 2):
+        token = store.claim_run("run_1", f"owner {attempts}", 0).token
+        equal(found(store).recovery_attempts, attempts, "attempts after crashes that followed progress")
+    accept(store, commit(1, token=token, progress=True))
+    token = store.claim_run("run_1", "owner", 0).token
+    several = journal(("s", 4, b""), ("t", 1, b""), token=token, progress=True)
+    accept(store, several, commit(2, token=token, journal_done=["s"]))
+    equal(found(store).recovery_attempts, 0, "attempts after several rows that are progress, in a batch with a commit")
+    equal(rows_of(store), [("t", 1, b"")], "the rows of that")
+
+
 def concurrent_journal_writes_all_stay(subject: StorageUnderTest) -> None:
     """Threads that write rows of one step at once lose none."""
     store = subject.new()
@@ -347,6 +377,7 @@ CHECKS: tuple[Check, ...] = (
     batches_mix_commits_and_journals,
     rows_go_with_the_commit_of_their_step,
     journal_goes_with_its_run,
+    finished_calls_are_progress,
     concurrent_journal_writes_all_stay,
     large_values_are_kept_or_refused,
     paused_runs_become_due,

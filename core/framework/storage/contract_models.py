@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from typing import Any
 
-from framework.errors import InvalidId, RunBusy, UnstorableValue
+from framework.errors import InvalidId, LeaseLost, RunBusy, UnstorableValue
 from framework.schemas.checkpoint import Checkpoint, CheckpointStatus, ExecutorType, StepRecord
 from framework.schemas.decision import Decision
 from framework.schemas.run import Run, RunState, RunStatus
@@ -256,6 +256,32 @@ def documents_are_indexed(subject: StorageUnderTest) -> None:
         require("storage_path" in stats, "the statistics name the storage_path")
 
 
+def documents_are_fenced(subject: StorageUnderTest) -> None:
+    """With a token, a document is written by the run's owner or its last one, by nobody who owned it before."""
+    store = subject.new()
+    store.open_run(new_run("run_1"), "first", 60)
+    first = document("run_1", "goal_1", ("a",), narrative="first")
+    store.save_run(first, 1)
+    store.release_lease("run_1", 1)
+    first.complete(RunStatus.FAILED)
+    store.save_run(first, 1)
+    equal(store.load_run("run_1"), first, "the document of an owner who gave the lease up, and nobody followed")
+    require(store.claim_run("run_1", "second", 60).token == 2, "the second owner's token is 2")
+    with raises(LeaseLost, "a document of a former owner"):
+        store.save_run(document("run_1", "goal_2", ("b",), narrative="late"), 1)
+    with raises(LeaseLost, "a document with a token that nobody has yet"):
+        store.save_run(document("run_1", "goal_2", ("b",), narrative="early"), 3)
+    for seen in subject.before_and_after_reopening(store):
+        equal(seen.load_run("run_1"), first, "the document after the refusals")
+        equal((seen.get_runs_by_node("b"), seen.get_runs_by_goal("goal_2")), ([], []), "the indexes after the refusals")
+        store = seen
+    second = document("run_1", "goal_1", ("a",), narrative="second", status=RunStatus.COMPLETED)
+    store.save_run(second, 2)
+    equal(store.load_run("run_1"), second, "the document of the owner")
+    store.save_run(document("unknown"), 7)
+    equal(store.list_all_runs(), ["run_1", "unknown"], "all documents")
+
+
 def index_keys_are_checked(subject: StorageUnderTest) -> None:
     """Keys that look like paths raise ``InvalidId``, a ``ValueError``; documents under such keys are kept, though."""
     store = subject.new()
@@ -321,6 +347,7 @@ CHECKS: tuple[Check, ...] = (
     damaged_listing_hides_nothing,
     documents_come_back_equal,
     documents_are_indexed,
+    documents_are_fenced,
     index_keys_are_checked,
     documents_go_with_their_run,
     concurrent_documents_are_all_indexed,

@@ -17,6 +17,7 @@ from framework.storage.contract import (
     Writer,
     accept,
     commit,
+    digest_of,
     equal,
     growing_states,
     journal,
@@ -170,6 +171,33 @@ def rewinding_respects_pins(subject: StorageUnderTest) -> None:
     writer.check(store, [1, 2, 3, 4, 5], "after the refusal")
     equal(store.rewind("run_1", token, 4), 1, "rewinding to the pinned one")
     equal([pin.sequence for pin in store.list_pins()], [2, 4], "the pins left")
+
+
+def unknown_types_are_no_damage(subject: StorageUnderTest) -> None:
+    """A checkpoint whose types this program does not know stays pinned, and counts as whole if its state is."""
+    store = subject.new()
+    writer = Writer(store)
+    writer.write({"a": 1})
+    for a, digest in ((2, _digest_at(store, 1, "[2]")), (3, "0" * 16), (4, "f" * 16)):
+        body = b'{"v":1,"digest":"%b","context":{"$t":"obj","c":"nobody.Knows","v":1}}' % digest.encode()
+        writer.write({"a": [a]}, checkpoint=body)
+    store.pin("run_1", "ckpt_2")
+    token = store.claim_run("run_1", "me", 60).token
+    with raises(RunPinned, "rewinding past a pin of unknown types"):
+        store.rewind("run_1", token, 1)
+    writer.check(store, [1, 2, 3, 4], "after the refusal")
+    # The two newest are damaged: their states are not those they say.
+    equal(store.unpin("run_1", "ckpt_2"), True, "taking the pin away")
+    equal(store.prune("run_1", KEEP_ONE), 1, "how many went beside damaged ones")
+    store.pin("run_1", "ckpt_4")
+    equal(store.rewind("run_1", token, 2), 2, "rewinding past a pinned one that is damaged")
+    equal([row.sequence for row in store.read_checkpoint_rows("run_1")], [2], "the checkpoints after the rewind")
+
+
+def _digest_at(store: Storage, sequence: int, a: str) -> str:
+    """The digest of the state at a sequence, once its key ``a`` is set to the JSON ``a``."""
+    chunks = [chunk for chunk in store.read_chunks("run_1", sequence) if chunk.key != "a"]
+    return digest_of([*chunks, Chunk("a", "set", a.encode())])
 
 
 def replacing_spares_pins(subject: StorageUnderTest) -> None:
@@ -423,6 +451,7 @@ CHECKS: list[Check] = [
     pins_are_named_and_checked,
     pins_refuse_deletion,
     rewinding_respects_pins,
+    unknown_types_are_no_damage,
     replacing_spares_pins,
     ended_runs_are_listed_by_change,
     families_are_retired_whole,

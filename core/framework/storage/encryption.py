@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from framework.errors import CorruptData, NotEncrypted, RunError, RunNotFound
+from framework.errors import CorruptData, KeyNotFound, NotEncrypted, RunError, RunNotFound
 from framework.schemas.run import Run, RunState, RunStatus
 from framework.storage.checks import (
     MAX_KEY,
@@ -30,6 +30,7 @@ from framework.storage.encryption_rotation import OnProgress, Rotated, count_key
 from framework.storage.encryption_seal import Sealer, header_place
 from framework.storage.interface import IsAlive, Rewrite, Storage
 from framework.storage.records import (
+    NO_TOKEN,
     CheckpointRow,
     Commit,
     Content,
@@ -60,7 +61,8 @@ _LOOKED_AT = 5
 class EncryptedStorage(Storage):
     """``inner`` with its content encrypted. Owns ``inner``: closing this closes it.
 
-    Raises ``NotEncrypted`` for a store that has plain runs, ``StorageError`` without the extra ``encryption``. Reading
+    Raises ``NotEncrypted`` for a store that has plain runs, ``KeyNotFound`` when ``keys`` has none of the keys that the
+    oldest and newest runs need, ``StorageError`` without the extra ``encryption``. Reading
     raises ``KeyNotFound`` for what needs a key that ``keys`` lacks, and never goes on to something older; content that
     was altered, moved or put there plain is damage like any other.
     """
@@ -71,11 +73,32 @@ class EncryptedStorage(Storage):
         self.compression = inner.compression  # packed above this store, so before it is encrypted
         self.keys = keys
         self._sealer = Sealer(keys)
-        if appearance(inner) in ("plain", "mixed"):
+        records = _some_runs(inner)
+        if _appearance(inner, records) in ("plain", "mixed"):
             raise NotEncrypted(
                 f"The store {inner.url} has runs that are not encrypted. Open it without keys; or encrypt it as a "
                 "whole with `surefoot storage encrypt`, also when that was begun before and did not finish."
             )
+
+        self._check_keys(records)
+
+    def _check_keys(self, records: Sequence[RunRecord]) -> None:
+        """Refuse keys that are of another store: what they encrypted here could not be read by those who have its own.
+
+        One run that can be read is enough: while keys are being changed, some have the newest and some not yet.
+        """
+        missing: KeyNotFound | None = None
+        for record in records:
+            try:
+                self._sealer.open_record(record)
+            except KeyNotFound as error:
+                missing = error
+            except CorruptData:
+                continue  # said by whoever reads it; it tells nothing of the keys
+            else:
+                return
+        if missing is not None:
+            raise KeyNotFound(missing.key_id, f"These are not the keys of the store {self.inner.url}: {missing}")
 
     def __repr__(self) -> str:
         return f"EncryptedStorage({self.inner!r}, {self.keys!r})"
@@ -397,8 +420,8 @@ class EncryptedStorage(Storage):
 
     # --- run documents ------------------------------------------------------------------------------------------
 
-    def save_run(self, run: Run) -> None:
-        self.inner.save_run(self._sealer.seal_document(run))
+    def save_run(self, run: Run, token: int = NO_TOKEN) -> None:
+        self.inner.save_run(self._sealer.seal_document(run), token)
 
     def load_run(self, run_id: str) -> Run | None:
         found = self.inner.load_run(run_id)
@@ -449,7 +472,14 @@ def appearance(storage: Storage) -> str:
 
     Needs no key. ``mixed`` is what an unfinished encryption of a store leaves.
     """
-    records = [*storage.list_runs(limit=_LOOKED_AT), *storage.find_runs("", _LOOKED_AT)]
+    return _appearance(storage, _some_runs(storage))
+
+
+def _some_runs(storage: Storage) -> list[RunRecord]:
+    return [*storage.list_runs(limit=_LOOKED_AT), *storage.find_runs("", _LOOKED_AT)]
+
+
+def _appearance(storage: Storage, records: Sequence[RunRecord]) -> str:
     sealed = [is_sealed(record.header) for record in records]
     ids = [] if sealed else storage.list_all_runs()
     for run_id in {*ids[:_LOOKED_AT], *ids[-_LOOKED_AT:]}:

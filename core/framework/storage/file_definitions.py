@@ -1,4 +1,4 @@
-"""The definitions of a ``FileStorage``: ``definitions/<fingerprint>.json``, shared by runs and kept."""
+"""The definitions of a ``FileStorage``: ``definitions/<fingerprint>.json``, shared by runs, kept until ``compact``."""
 
 from __future__ import annotations
 

@@ -24,9 +24,10 @@ _EDITS = 0
 class Folder:
     """Paths, locks and records in a folder of runs. A run's files are used under its lock."""
 
-    def __init__(self, base_path: str | os.PathLike[str], clock: Callable[[], float]) -> None:
+    def __init__(self, base_path: str | os.PathLike[str], clock: Callable[[], float], busy_seconds: float) -> None:
         self.base_path = Path(base_path)
         self._clock = clock
+        self._busy_seconds = busy_seconds
         self._lock = threading.RLock()
         self.closed = False
         self._files: dict[str, RunFiles] = {}
@@ -79,7 +80,8 @@ class Folder:
                     raise RunNotFound(run_id)
                 yield self._new_files(run_id)
                 return
-            with locked(self.base_path / "locks" / f"{name}.lock", shared=shared) as lock:
+            path = self.base_path / "locks" / f"{name}.lock"
+            with locked(path, shared=shared, busy_seconds=self._busy_seconds) as lock:
                 files = self._files.pop(run_id, None) or self._new_files(run_id)
                 if len(self._files) >= _CACHED_RUNS:
                     del self._files[next(iter(self._files))]
@@ -111,7 +113,15 @@ class Folder:
 
     @contextmanager
     def _index_lock(self, *, shared: bool = False) -> Iterator[None]:
-        with self._guard("use the indexes of"), locked(self.base_path / "locks" / "~indexes.lock", shared=shared):
+        path = self.base_path / "locks" / "~indexes.lock"
+        with self._guard("use the indexes of"), locked(path, shared=shared, busy_seconds=self._busy_seconds):
+            yield
+
+    @contextmanager
+    def _definition_lock(self, *, shared: bool = False) -> Iterator[None]:
+        """Held ``shared`` from looking for a definition until a record names it: none is removed meanwhile."""
+        path = self.base_path / "locks" / "~definitions.lock"
+        with self._guard("use the definitions of"), locked(path, shared=shared, busy_seconds=self._busy_seconds):
             yield
 
     def _record_path(self, run_id: str) -> Path:

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import random
 import secrets
 import sys
 import time
@@ -30,8 +31,11 @@ if sys.platform != "win32":
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
-"""Version of the layout and of each file's form; a reader refuses a newer one. 2 has journals and times to wake at."""
+FORMAT = 3
+"""Version of the layout and of each file's form; a reader refuses a newer one.
+
+2 has journals and times to wake at, 3 the short forms of what each step writes (``short_forms.py``).
+"""
 
 MAX_NAME_BYTES = 150
 STALE_SECONDS = 3_600.0
@@ -155,11 +159,18 @@ class HeldLock:
         return mark
 
 
+BUSY_SECONDS = 30.0
+"""How long another process is waited for when nothing else is said."""
+_FIRST_PAUSE_SECONDS = 0.000_2
+_LONGEST_PAUSE_SECONDS = 0.01
+
+
 @contextlib.contextmanager
-def locked(path: Path, *, shared: bool = False) -> Iterator[HeldLock]:
+def locked(path: Path, *, shared: bool = False, busy_seconds: float = BUSY_SECONDS) -> Iterator[HeldLock]:
     """Hold the lock file at ``path`` against other processes; the system releases it when a process dies.
 
-    A lock file may be removed by who holds it exclusively: whoever waited on it notices and takes the new one.
+    A lock file may be removed by who holds it exclusively: whoever waited on it notices and takes the new one. Raises
+    ``StorageError`` when somebody has held it for ``busy_seconds``: a process that is stopped would for ever.
     """
     if sys.platform == "win32":
         raise StorageError("FileStorage needs the file locks of POSIX systems; use SQLiteStorage here.")
@@ -173,7 +184,7 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[HeldLock]:
             yield HeldLock(None)
             return
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            _take(descriptor, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, busy_seconds)
             if _is_at(descriptor, path):
                 try:
                     yield HeldLock(descriptor)
@@ -183,6 +194,26 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[HeldLock]:
                 return
         finally:
             os.close(descriptor)
+
+
+def _take(descriptor: int, path: Path, kind: int, busy_seconds: float) -> None:
+    """Lock a file, asking ever less often while somebody else has it. Raises ``StorageError``."""
+    until = time.monotonic() + busy_seconds
+    pause = _FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise StorageError(
+                    f"Another process has held {path} for {busy_seconds:g} s: it is stopped, or hangs in the middle of "
+                    f"a write. Let it go on, or end it (`fuser {path}` names it), and call again: its lock goes with "
+                    "it, and what it had not finished counts as not done."
+                ) from None
+        else:
+            return
+        time.sleep(pause * random.uniform(0.5, 1.0))  # several that wait do not ask in step
+        pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

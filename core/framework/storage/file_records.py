@@ -10,7 +10,7 @@ from framework.schemas.run import RunState
 from framework.storage.checks import printable
 from framework.storage.file_commits import Entry
 from framework.storage.file_io import dump_checked, load_checked, show, unshow, write_atomic
-from framework.storage.records import Commit, NewRun, RunRecord, attempts_after_claim
+from framework.storage.records import Commit, NewRun, RunRecord, Write, attempts_after_claim
 
 
 def read_record(path: Path) -> RunRecord | None:
@@ -95,9 +95,9 @@ def after(record: RunRecord, entry: Entry) -> RunRecord:
     return replace(record, owner=None, lease_until=0.0) if entry.release else record
 
 
-def with_progress(record: RunRecord, commit: Commit) -> RunRecord:
-    """The record once a commit has told of progress."""
-    return replace(record, recovery_attempts=0) if commit.progress and record.recovery_attempts else record
+def with_progress(record: RunRecord, write: Write) -> RunRecord:
+    """The record once a commit, or a journal write, has told of progress."""
+    return replace(record, recovery_attempts=0) if write.progress and record.recovery_attempts else record
 
 
 def holder_of(record: RunRecord, now: float) -> str | None:

@@ -7,6 +7,7 @@ may go reads all records, as listing runs does here.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import time
@@ -32,9 +33,11 @@ from framework.storage.file_io import (
 )
 from framework.storage.file_records import age
 from framework.storage.file_runs import RunFiles
-from framework.storage.records import RunRecord
+from framework.storage.records import Damage, RunRecord
 from framework.storage.retention_records import Pin, Retired, Standing, StoreUsage, why_kept
 from framework.storage.verify import newest_readable
+
+logger = logging.getLogger(__name__)
 
 RETIRED = "retired"
 """The folder of runs that are gone and whose files are still to be removed."""
@@ -44,7 +47,7 @@ class SweepsFiles(Folder):
     """The part of ``FileStorage`` that knows pins and sweeps; see ``KeepsRuns``."""
 
     _documents: RunDocuments
-    _records: Callable[[], list[RunRecord]]
+    _records: Callable[..., list[RunRecord]]
     _current: Callable[[Iterable[str]], Iterator[RunRecord]]
 
     # --- pins ---------------------------------------------------------------------------------------------------
@@ -160,7 +163,7 @@ class SweepsFiles(Folder):
         """See ``KeepsRuns``."""
         with self._guard("measure it"):
             used = _size_of(self.base_path) - _size_of(self.base_path / RETIRED)
-        return StoreUsage(self._clock(), used, is_cheap=False)
+        return StoreUsage(self._clock(), used)
 
     def list_ended(
         self, states: Sequence[RunState], limit: int = 100, after: RunRecord | None = None
@@ -337,11 +340,26 @@ class SweepsFiles(Folder):
         return 0
 
     def compact(self) -> int:
-        """See ``KeepsRuns``: here it only removes what is left of retired runs."""
+        """See ``KeepsRuns``: here it removes what is left of retired runs, and definitions that no run has."""
         before = _size_of(self.base_path)
         while self.purge(1.0):
             pass
+        with self._definition_lock():
+            self._remove_definitions()
         return max(0, before - _size_of(self.base_path))
+
+    def _remove_definitions(self) -> None:
+        """Remove the definitions that no run has, unless some record cannot be read: nobody knows what that needs."""
+        damage: list[Damage] = []
+        needed = {self._definition_path(run.fingerprint) for run in self._records(on_damage=damage.append)}
+        if damage:
+            logger.warning("No definition is removed, as %d records of runs cannot be read.", len(damage))
+            return
+        folder = self.base_path / "definitions"
+        for path in folder.glob("[!.]*.json"):
+            if path not in needed:
+                path.unlink(missing_ok=True)
+        sync_directory(folder)
 
 
 def _newest(files: RunFiles, checkpoint_id: str) -> int:

@@ -5,7 +5,7 @@ Below the folder: ``runs/``, ``summaries/``, ``indexes/`` (``Run`` documents, se
 ``file_commits``), ``journal/<run>/`` (``file_journal``), ``messages/<run>/`` (``file_messages``),
 ``pins/`` (``file_pins``), ``retired/`` (``file_sweep``),
 ``checkpoint_indexes/latest_<run>.txt`` (the newest checkpoint's id, for people; nothing relies on it),
-``definitions/`` (kept, as runs share them) and ``locks/``.
+``definitions/`` (kept until ``compact``, as runs share them) and ``locks/``.
 
 A commit is one file put in its place by one rename: that is the moment it happens. What follows, such as the record's
 new state and retention, is derived from it again if a crash comes first: commits newer than the record say what it
@@ -58,6 +58,7 @@ from framework.storage.file_commits import CommitFile, Entry
 from framework.storage.file_contents import HasContents
 from framework.storage.file_documents import INDEXES, RunDocuments
 from framework.storage.file_io import (
+    BUSY_SECONDS,
     dump_checked,
     file_name,
     load_checked,
@@ -78,6 +79,7 @@ from framework.storage.file_strays import FindsStrays
 from framework.storage.file_sweep import SweepsFiles
 from framework.storage.interface import IsAlive, Rewrite, Storage
 from framework.storage.records import (
+    NO_TOKEN,
     CheckpointRow,
     Commit,
     Damage,
@@ -100,10 +102,17 @@ class FileStorage(FindsDocuments, SweepsFiles, FindsStrays, HasContents, Storage
     """A store in a folder, for any number of processes on one machine. The folder is made when missing.
 
     ``clock`` gives seconds since the epoch, for leases and times; the order of commits never depends on it.
+    ``busy_seconds`` is how long to wait for another process that is at the same run, or at the indexes.
     """
 
-    def __init__(self, base_path: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> None:
-        super().__init__(base_path, clock)
+    def __init__(
+        self,
+        base_path: str | os.PathLike[str],
+        *,
+        clock: Callable[[], float] = time.time,
+        busy_seconds: float = BUSY_SECONDS,
+    ) -> None:
+        super().__init__(base_path, clock, busy_seconds)
         self._documents = RunDocuments(self.base_path, self._index_lock)
         folders = ["runs", "summaries", "checkpoints/by_run", "checkpoint_indexes", "history", "executions"]
         folders += ["definitions", "locks", *(f"indexes/{index}" for index in INDEXES)]
@@ -130,7 +139,8 @@ class FileStorage(FindsDocuments, SweepsFiles, FindsStrays, HasContents, Storage
 
     def open_run(self, new: NewRun, owner: str | None = None, lease_seconds: float = 0.0) -> RunRecord:
         check_new_run(new, owner)
-        with self._run_lock(new.run_id, "record", new=True, edits=True) as files:
+        lock = self._run_lock(new.run_id, "record", new=True, edits=True)
+        with lock as files, self._definition_lock(shared=True):
             if self._record_path(new.run_id).exists():
                 raise RunExists(new.run_id)
             now = self._clock()
@@ -340,6 +350,7 @@ class FileStorage(FindsDocuments, SweepsFiles, FindsStrays, HasContents, Storage
                 )
                 for one in sorted((run_id, new_id))
             }
+            locks.enter_context(self._definition_lock(shared=True))
             source, target = held[run_id], held[new_id]
             found = self._known(source)
             if self._record_path(new_id).exists():
@@ -368,8 +379,16 @@ class FileStorage(FindsDocuments, SweepsFiles, FindsStrays, HasContents, Storage
             return refused
         try:
             with self._run_lock(write.run_id, "write the journal of", edits=True) as files:
-                last = self._fence(files, write.token).sequence
-                files.journal.write(last, write.rows)
+                stored = self._fence(files, write.token)
+                files.journal.write(stored.sequence, write.rows)
+                further = with_progress(stored, write)
+                if further is not stored:
+                    # The rows are durable: whatever goes wrong from here on, they must not be reported as refused.
+                    try:
+                        self._write_record(further)
+                    except OSError as error:
+                        files.doubtful = True
+                        logger.warning("Run %r: journal rows are durable, but: %s", write.run_id, error)
         except SurefootError as error:
             return error
         return None
@@ -579,8 +598,15 @@ class FileStorage(FindsDocuments, SweepsFiles, FindsStrays, HasContents, Storage
 
     # --- run documents ------------------------------------------------------------------------------------------
 
-    def save_run(self, run: Run) -> None:
-        self._documents.save(run)
+    def save_run(self, run: Run, token: int = NO_TOKEN) -> None:
+        if token == NO_TOKEN:
+            self._documents.save(run)
+            return
+        with self._run_lock(run.id, "save the document of", shared=True) as files:  # nobody takes it over meanwhile
+            found = self._stored(files)
+            if found is not None and found.token != token:
+                raise LeaseLost(run.id, token)
+            self._documents.save(run)
 
     def load_run(self, run_id: str) -> Run | None:
         check_id(run_id)

@@ -34,6 +34,7 @@ from framework.storage import checkpoints as stored
 from framework.storage.checks import MAX_KEY, MAX_RUN_ID, MAX_VALUE_BYTES, check_id, check_index_key
 from framework.storage.chunks import Chunk
 from framework.storage.records import (
+    NO_TOKEN,
     CheckpointRow,
     Commit,
     Content,
@@ -221,7 +222,11 @@ class Storage(KeepsRuns, ABC):
         sync; for each ``None`` or the error that refused it.
 
         An error of one never touches another. What an error refused left no trace. Raises ``StorageError`` when the
-        store as a whole fails (closed, disk full): then nothing of all of them was written.
+        store as a whole fails (closed, disk full): then nothing of all of them was written, unless it says that this is
+        not known, as where a database over a network went away between a request and its answer. ``find_run`` and
+        ``read_log`` tell it once they can be asked; to make the same commit again is safe, because a sequence is given
+        once. Where a backend tries by itself again, a commit is made once and never refused for
+        its own earlier try.
         """
 
     def try_hold(self) -> bool:
@@ -303,8 +308,12 @@ class Storage(KeepsRuns, ABC):
     # --- run documents (decisions and problems, written by the runtime) ------------------------------------------
 
     @abstractmethod
-    def save_run(self, run: Run) -> None:
-        """Store a ``Run`` document, replacing an earlier one of the same id. Durable on return."""
+    def save_run(self, run: Run, token: int = NO_TOKEN) -> None:
+        """Store a ``Run`` document, replacing an earlier one of the same id. Durable on return.
+
+        With a ``token`` it is a write of the run's owner, or of its last one: ``LeaseLost`` when the store has the run
+        under another token, as somebody owns or owned it since. A run that the store does not know has no owner.
+        """
 
     @abstractmethod
     def load_run(self, run_id: str) -> Run | None:

@@ -44,6 +44,7 @@ from framework.storage.postgres_rows import indexed, new_key
 from framework.storage.postgres_schema import channel_of, migrate
 from framework.storage.postgres_sweep import SweepsPostgres
 from framework.storage.records import (
+    NO_TOKEN,
     CheckpointRow,
     Commit,
     Content,
@@ -346,8 +347,8 @@ class PostgresStorage(FindsDocuments, SweepsPostgres, Storage):
 
     # --- run documents ------------------------------------------------------------------------------------------
 
-    def save_run(self, run: Run) -> None:
-        postgres_documents.save(self._database, run)
+    def save_run(self, run: Run, token: int = NO_TOKEN) -> None:
+        postgres_documents.save(self._database, run, token)
 
     def load_run(self, run_id: str) -> Run | None:
         return postgres_documents.load(self._database, check_id(run_id))

@@ -32,7 +32,7 @@ _COMMIT = (
 )
 _JOURNAL = (
     "SELECT * FROM {schema}.write_journal(%(run_id)s, %(token)s, %(now)s, %(steps)s::text[], %(long_steps)s::text[], "
-    "%(numbers)b::bigint[], %(records)b::bytea[], %(crcs)b::bigint[], %(again)s)"
+    "%(numbers)b::bigint[], %(records)b::bytea[], %(crcs)b::bigint[], %(again)s, %(progress)s)"
 )
 _AT_ONCE = 500
 """Calls in one statement; with 25 values each PostgreSQL takes five times as many."""
@@ -220,4 +220,5 @@ def _journal_values(write: JournalWrite, now: float | None) -> dict[str, Any]:
         "numbers": [row.number for row in rows],
         "records": [bytes(row.record) for row in rows],
         "crcs": [row_crc(row.step, row.number, row.record) for row in rows],
+        "progress": write.progress,
     }

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from framework.errors import CorruptData
+from framework.errors import CorruptData, LeaseLost
 from framework.schemas.run import Run
 from framework.storage.documents import Index, document_bytes, nodes_of, parse_document
 from framework.storage.postgres_database import Database
 from framework.storage.postgres_rows import indexed, text_of
+from framework.storage.records import NO_TOKEN
 from framework.storage.sqlite_schema import row_crc
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ _SAVE = (
     "ON CONFLICT (run_id) DO UPDATE SET goal_id = excluded.goal_id, long_goal_id = excluded.long_goal_id, "
     "status = excluded.status, body = excluded.body, crc = excluded.crc"
 )
+# Whoever takes the run over waits until the document is written, and commits with it.
+_TOKEN = "SELECT token FROM {schema}.runs WHERE run_id = %(run_id)s FOR SHARE"
 _CLEAR = "DELETE FROM {schema}.run_nodes WHERE run_id = %(run_id)s"
 _INDEX = "INSERT INTO {schema}.run_nodes (node_id, run_id) SELECT unnest(%(nodes)s::text[]), %(run_id)s"
 _LOAD = "SELECT body, crc FROM {schema}.documents WHERE run_id = %(run_id)s"
@@ -37,8 +40,11 @@ INDEXES: dict[Index, str] = {
 """Queries of ids, shortened and whole, for what they are named after."""
 
 
-def save(database: Database, run: Run) -> None:
-    """Write a document and its index entries, replacing an earlier one of the same id. Durable on return."""
+def save(database: Database, run: Run, token: int) -> None:
+    """Write a document and its index entries, replacing an earlier one of the same id. Durable on return.
+
+    Raises ``LeaseLost`` for a ``token`` that is not the run's.
+    """
     body = document_bytes(run)
     goal_id, long_goal_id = indexed(run.goal_id)
     values = {
@@ -52,6 +58,10 @@ def save(database: Database, run: Run) -> None:
     }
 
     def work(connection: Connection, again: bool) -> None:
+        if token != NO_TOKEN:
+            row = database.execute(connection, _TOKEN, {"run_id": run.id}).fetchone()
+            if row is not None and row[0] != token:
+                raise LeaseLost(run.id, token)
         for statement in (_SAVE, _CLEAR, _INDEX):  # the first locks the document against another save of it
             database.execute(connection, statement, values)
 

@@ -185,7 +185,7 @@ class SweepsPostgres:
             whole += total
             used += found
         now = self._database.query("read the time", f"SELECT {_NOW}", {"now": self._now()})[0][0]
-        return StoreUsage(now, used, max(0, whole - used), can_shrink=False, is_cheap=False)
+        return StoreUsage(now, used, max(0, whole - used), can_shrink=False)
 
     def list_ended(
         self, states: Sequence[RunState], limit: int = 100, after: RunRecord | None = None

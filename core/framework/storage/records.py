@@ -126,12 +126,14 @@ class JournalRow:
 class JournalWrite:
     """Journal rows to make durable, all or nothing. A row whose key exists is replaced; of two here the last counts.
 
-    ``token`` is the fencing token, as of a ``Commit``. The run's sequence and checkpoints are not touched.
+    ``token`` is the fencing token, as of a ``Commit``, and so is ``progress``: the run's ``recovery_attempts`` become 0
+    together with it. The run's sequence and checkpoints are not touched.
     """
 
     run_id: str
     token: int
     rows: Sequence[JournalRow]
+    progress: bool = False
 
 
 Write: TypeAlias = Commit | JournalWrite

@@ -31,23 +31,21 @@ class StoreUsage:
     ``now`` is the store's clock, in seconds since the epoch. ``used_bytes`` is what its content takes on the disk, to a
     page in a database and to a byte in files, without the log of a database and without what is free in it.
     ``free_bytes`` is inside its file and of use to new content only, until ``shrink`` gives it back;
-    ``can_shrink`` says whether ``shrink`` can, or ``compact`` is needed first. ``is_cheap``: asking costs
-    next to nothing.
+    ``can_shrink`` says whether ``shrink`` can, or ``compact`` is needed first.
     """
 
     now: float
     used_bytes: int
     free_bytes: int = 0
     can_shrink: bool = True
-    is_cheap: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Retired:
     """What became of one run that was to go.
 
-    ``run_ids`` are the run and its parts, ``bytes`` what their content is long, counted without the overhead of the
-    store's pages (in SQLite 5 to 30 %). When they stay, ``kept`` says why, and ``run_ids`` is empty.
+    ``run_ids`` are the run and its parts, ``bytes`` about what they take in the store (in a database an estimate from
+    the lengths of rows). When they stay, ``kept`` says why, and ``run_ids`` is empty.
     """
 
     run_ids: tuple[str, ...] = ()
@@ -115,14 +113,16 @@ class Kept:
 class SweepReport:
     """What one sweep did, or would do (``dry_run``).
 
-    ``runs`` and ``parts`` went, and ``checkpoints`` of runs that stay. ``freed_bytes`` is the content of the runs that
-    went, as of ``Retired``; ``given_back_bytes`` went from the file to the file system. ``removed`` and ``kept`` name
-    at most ``MOST_LISTED`` runs each; ``kept_runs`` counts all. ``used_bytes`` are those before and after.
-    ``over_bytes`` is by how much the store still holds more than the policy's ``max_total_bytes``. ``complete`` says
-    that nothing is left to do; ``False`` after ``limit`` runs, or when it was stopped.
+    ``now`` is the moment that ages are counted from, in seconds since the epoch. ``runs`` and ``parts`` went, and
+    ``checkpoints`` of runs that stay; ``rules`` says how many runs by which rule, in words. ``freed_bytes`` is what the
+    runs that went took, as of ``Retired``; ``given_back_bytes`` went from the file to the file system. ``removed`` and
+    ``kept`` name at most ``MOST_LISTED`` runs each; ``kept_runs`` counts all. ``used_bytes`` are those before and
+    after. ``over_bytes`` is by how much the store still holds more than the policy's ``max_total_bytes``. ``complete``
+    says that nothing is left to do; ``False`` after ``limit`` runs, or when it was stopped.
     """
 
     dry_run: bool = False
+    now: float = 0.0
     runs: int = 0
     parts: int = 0
     checkpoints: int = 0
@@ -133,6 +133,7 @@ class SweepReport:
     over_bytes: int = 0
     kept_runs: int = 0
     complete: bool = True
+    rules: dict[str, int] = field(default_factory=dict)
     removed: list[Removed] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
 

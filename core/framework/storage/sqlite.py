@@ -56,6 +56,7 @@ from framework.storage.documents import FindsDocuments, Index
 from framework.storage.driver_errors import translate
 from framework.storage.interface import IsAlive, Rewrite, Storage, WouldWait
 from framework.storage.records import (
+    NO_TOKEN,
     Commit,
     Damage,
     JournalRow,
@@ -586,8 +587,11 @@ class SQLiteStorage(FindsDocuments, ReadsCommits, SweepsSQLite, FindsStrays, Has
 
     # --- run documents ------------------------------------------------------------------------------------------
 
-    def save_run(self, run: Run) -> None:
+    def save_run(self, run: Run, token: int = NO_TOKEN) -> None:
         with self._write(f"save the document of run {run.id!r}") as db:
+            found = None if token == NO_TOKEN else self._find_row(db, check_id(run.id))
+            if found is not None and found["token"] != token:
+                raise LeaseLost(run.id, token)
             sqlite_documents.save(db, run)
 
     def load_run(self, run_id: str) -> Run | None:

@@ -120,7 +120,10 @@ class CommitWriter:
         """Write one commit, or one call's journal rows, or say why not."""
         if isinstance(write, Commit):
             return refusal(write) or self._commit(db, write)
-        return journal_refusal(write) or self._journal(db, write)
+        refused = journal_refusal(write) or self._journal(db, write)
+        if refused is None and write.progress:
+            sqlite_journal.tell_progress(db, write.run_id)
+        return refused
 
     def _journal(self, db: sqlite3.Connection, write: JournalWrite) -> SurefootError | None:
         alone = write.token and len(write.rows) == 1

@@ -13,6 +13,7 @@ _PUT_FENCED = (
     "INSERT OR REPLACE INTO journal (run_pk, step, number, record, crc) SELECT pk, ?, ?, ?, ? FROM runs "
     "WHERE run_id = ? AND token = ? AND owner IS NOT NULL"
 )
+_PROGRESS = "UPDATE runs SET recovery_attempts = 0 WHERE run_id = ? AND recovery_attempts <> 0"
 _READ = (
     "SELECT step, number, CAST(record AS BLOB), crc FROM journal WHERE run_pk = "
     "(SELECT pk FROM runs WHERE run_id = ?) {which}ORDER BY step, number"
@@ -36,6 +37,11 @@ def put_fenced(db: sqlite3.Connection, run_id: str, token: int, row: JournalRow)
     step, number, record = row.step, row.number, row.record
     crc = row_crc(step, number, record)
     return db.execute(_PUT_FENCED, (step, number, record, crc, run_id, token)).rowcount == 1
+
+
+def tell_progress(db: sqlite3.Connection, run_id: str) -> None:
+    """Set the run's count of recoveries to 0, since it got somewhere."""
+    db.execute(_PROGRESS, (run_id,))
 
 
 def forget(db: sqlite3.Connection, run_pk: int, steps: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from framework.errors import StorageError, StoreTooNew
 from framework.storage.chunks import Op
 from framework.storage.records import NewRun
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 PAGE_BYTES = 8_192
 
 WAL_BYTES = 1_048_576
@@ -177,7 +177,10 @@ _VERSION_5 = ""
 """The same tables. Values in ``chunks`` may be compressed, which a program that knows up to version 4 would take for
 damage."""
 
-MIGRATIONS: tuple[str, ...] = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4, _VERSION_5)
+_VERSION_6 = ""
+"""The same tables. The log's records and the checkpoints' bodies may be short (``short_forms.py``)."""
+
+MIGRATIONS: tuple[str, ...] = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4, _VERSION_5, _VERSION_6)
 """The script that leads from each version to the next; version 0 is an empty file."""
 
 READ_CHUNKS = """

@@ -22,7 +22,7 @@ from pathlib import Path
 from framework import _faults
 from framework.errors import CorruptData, StorageError
 from framework.schemas.run import RunState
-from framework.storage import forks, sqlite_documents, sqlite_pins, sqlite_retention
+from framework.storage import forks, sqlite_documents, sqlite_pins, sqlite_retention, sqlite_run_rows
 from framework.storage import sqlite_schema as schema
 from framework.storage.checks import check_id, check_pin
 from framework.storage.driver_errors import translate
@@ -40,6 +40,7 @@ WITH RECURSIVE family(pk, run_id, depth) AS (
 SELECT {columns} FROM runs WHERE pk IN (SELECT pk FROM family) ORDER BY
     (SELECT min(depth) FROM family WHERE family.pk = runs.pk), runs.pk
 """
+_WHOLE = "(parent_run_id IS NULL OR NOT EXISTS (SELECT 1 FROM runs AS whole WHERE whole.run_id = runs.parent_run_id))"
 _AGED = """
 SELECT run_id FROM runs WHERE created_at < :before AND (created_at, run_id) > (:created_at, :run_id)
 AND NOT EXISTS (SELECT 1 FROM pins WHERE run_pk = runs.pk AND sequence = 0)
@@ -55,29 +56,9 @@ _YOUNGEST_TO_GO = """
 SELECT min(sequence) FROM checkpoints WHERE run_pk = :pk
 AND coalesce(at, (SELECT updated_at FROM runs WHERE pk = :pk)) >= :before
 """
-_LENGTHS = """
-SELECT
-    (SELECT coalesce(sum(length(data) + length(CAST(key AS BLOB)) + 32), 0) FROM chunks WHERE run_pk = :pk)
-  + (SELECT coalesce(sum(length(record) + coalesce(length(log), 0) + 24), 0) FROM steps WHERE run_pk = :pk)
-  + (SELECT coalesce(sum(length(body) + length(checkpoint_id) + 24), 0) FROM checkpoints WHERE run_pk = :pk)
-  + (SELECT coalesce(sum(length(record) + length(CAST(step AS BLOB)) + 16), 0) FROM journal WHERE run_pk = :pk)
-  + (SELECT coalesce(sum(length(body) + length(name) + 32), 0) FROM messages WHERE run_pk = :pk)
-  + (SELECT coalesce(sum(length(body) + 64), 0) FROM documents WHERE run_id = :run_id)
-  + (SELECT length(header) + 2 * length(run_id) + 160 FROM runs WHERE pk = :pk)
-"""
-_SLICE_ROWS = 50
 _LOOK_SECONDS = 0.0007
-_PURGE = tuple(
-    (f"DELETE FROM {table} WHERE run_pk = ?1 AND {key} IN (SELECT {columns} FROM {table} WHERE run_pk = ?1 LIMIT ?2)")
-    for table, key, columns in (
-        ("chunks", "pk", "pk"),
-        ("steps", "sequence", "sequence"),
-        ("checkpoints", "sequence", "sequence"),
-        ("journal", "(step, number)", "step, number"),
-        ("messages", "pk", "pk"),
-        ("pins", "sequence", "sequence"),
-    )
-)
+_MOST_PAGES = 256
+"""Pages given back in one transaction: each may be one to move, all of which are written when it ends."""
 
 
 class Aside:
@@ -96,6 +77,9 @@ class Aside:
         with self._lock:
             if self._connection is None:
                 self._connection = schema.connect(self._path, self._busy_seconds)
+                # Some builds of SQLite overwrite what is removed by default. To write a page and free it took 100 times
+                # as long as to free it (25 ms for a value of 5 MB), while everybody waits.
+                self._connection.execute("PRAGMA secure_delete = FAST").fetchall()
             yield self._connection
 
     def close(self) -> None:
@@ -244,23 +228,16 @@ class SweepsSQLite:
             found += self._ended(state, limit, after)
         return sorted(found, key=lambda run: (run.updated_at, run.run_id))[:limit]
 
-    def _ended(self, state: RunState, limit: int, after: RunRecord | None, *, newest: bool = False) -> list[RunRecord]:
+    def _ended(self, state: RunState, limit: int, after: RunRecord | None) -> list[RunRecord]:
         """Runs in one state that are no part of another, in the order of the index."""
-        stored = RunState.RUNNING if state is RunState.CRASHED else state
-        values: list[str | float] = [stored.value]
-        where = "state = ?"
+        where, values = _ended_where(state, self._clock())
         if after is not None:
             where += " AND (updated_at, run_id) > (?, ?)"
             values += [after.updated_at, after.run_id]
-        if stored is RunState.RUNNING:
-            where += f" AND {'(owner IS NULL OR lease_until <= ?)' if state is RunState.CRASHED else 'lease_until > ?'}"
-            values.append(self._clock())
-        way = "DESC" if newest else "ASC"
         with self._guard("list the runs that ended") as db:
             rows = db.execute(
-                f"SELECT {schema.RUN_COLUMNS} FROM runs INDEXED BY runs_by_change WHERE {where} AND (parent_run_id "
-                "IS NULL OR NOT EXISTS (SELECT 1 FROM runs AS whole WHERE whole.run_id = runs.parent_run_id)) "
-                f"ORDER BY updated_at {way}, run_id {way}",
+                f"SELECT {schema.RUN_COLUMNS} FROM runs INDEXED BY runs_by_change WHERE {where} AND {_WHOLE} "
+                "ORDER BY updated_at, run_id",
                 values,
             )
             # Read one by one, for damaged ones to be passed over: a short list says that there are no more.
@@ -269,11 +246,26 @@ class SweepsSQLite:
 
     def nth_newest_ended(self, states: Sequence[RunState], count: int) -> RunRecord | None:
         """See ``KeepsRuns``."""
-        found: list[RunRecord] = []
-        for state in states:
-            found += self._ended(state, count, None, newest=True)
-        found.sort(key=lambda run: (run.updated_at, run.run_id), reverse=True)
-        return found[count - 1] if len(found) >= count else None
+        now = self._clock()
+        each = [_ended_where(state, now) for state in dict.fromkeys(states)]
+        # One statement, in which SQLite merges what each state's part of the index gives in order.
+        parts = " UNION ALL ".join(
+            f"SELECT updated_at, run_id FROM runs INDEXED BY runs_by_change WHERE {where} AND {_WHOLE}"
+            for where, _ in each
+        )
+        values = [value for _, some in each for value in some]
+        place = count - 1
+        while True:
+            with self._beside("look for the newest runs") as db:
+                statement = f"{parts} ORDER BY updated_at DESC, run_id DESC LIMIT 1 OFFSET ?"
+                row = db.execute(statement, [*values, place]).fetchone()
+            if row is None:
+                return None
+            with self._guard("look for the newest runs") as db:
+                stored = self._find_row(db, row["run_id"])
+                for run in self._each_readable([] if stored is None else [stored]):
+                    return run
+            place += 1  # it cannot be read, or went this moment: rather one more is kept
 
     def list_aged(self, before: float, limit: int = 100, after: RunRecord | None = None) -> list[RunRecord]:
         """See ``KeepsRuns``."""
@@ -303,20 +295,23 @@ class SweepsSQLite:
             return []
         if dry_run:
             with self._beside("see which runs would go") as db:
-                return [self._retire(db, run, states, self._sizes(db, run), dry_run=True) for run in runs]
+                families = [(run, self._family(db, run.run_id)) for run in runs]
+                return [
+                    self._retire(db, run, rows, states, self._sizes(db, rows), dry_run=True) for run, rows in families
+                ]
         done: list[Retired] = []
         with self._beside("measure runs") as db:
             # Before the transaction: long runs take long to measure, and nobody has to wait for it.
             sizes = []
             until = time.monotonic() + 5 * seconds
             for run in runs:
-                sizes.append(self._sizes(db, run))
+                sizes.append(self._sizes(db, self._family(db, run.run_id)))
                 if time.monotonic() >= until:
                     break
         with self._slice("remove runs", synced=True) as db:
             until = time.monotonic() + seconds
             for run, size in zip(runs, sizes, strict=False):
-                done.append(self._retire(db, run, states, size))
+                done.append(self._retire(db, run, self._family(db, run.run_id), states, size))
                 if time.monotonic() >= until:
                     break
             _faults.reach("sweep.inside")
@@ -326,25 +321,27 @@ class SweepsSQLite:
     def _family(self, db: sqlite3.Connection, run_id: str) -> list[sqlite3.Row]:
         return db.execute(_FAMILY.format(columns=schema.RUN_COLUMNS), (run_id,)).fetchall()
 
-    def _sizes(self, db: sqlite3.Connection, run: RunRecord) -> tuple[int, int]:
-        """Checkpoints and bytes of a run with its parts."""
-        checkpoints = size = 0
-        for row in self._family(db, run.run_id):
+    def _sizes(self, db: sqlite3.Connection, family: Sequence[sqlite3.Row]) -> tuple[int, int]:
+        """Checkpoints of a run with its parts, and about how many bytes of the file they take."""
+        checkpoints = 0
+        size = 0.0
+        page = db.execute("PRAGMA page_size").fetchone()[0]
+        for row in family:
             count = "SELECT count(*) FROM checkpoints WHERE run_pk = ?"
             checkpoints += db.execute(count, (row["pk"],)).fetchone()[0]
-            size += db.execute(_LENGTHS, {"pk": row["pk"], "run_id": row["run_id"]}).fetchone()[0] or 0
-        return checkpoints, size
+            size += sqlite_run_rows.size_of(db, row["pk"], row["run_id"], page)
+        return checkpoints, round(size)
 
     def _retire(
         self,
         db: sqlite3.Connection,
         run: RunRecord,
+        rows: Sequence[sqlite3.Row],
         states: Sequence[RunState],
         sizes: tuple[int, int],
         *,
         dry_run: bool = False,
     ) -> Retired:
-        rows = self._family(db, run.run_id)
         try:
             family = [self._standing(db, row) for row in rows]
         except CorruptData as error:
@@ -373,7 +370,7 @@ class SweepsSQLite:
         with self._slice("remove the rows of runs that are gone", synced=False) as db:
             until = time.monotonic() + seconds
             while (row := db.execute("SELECT run_pk FROM retired ORDER BY run_pk LIMIT 1").fetchone()) is not None:
-                if not _purge_run(db, row[0], until):
+                if not sqlite_run_rows.purge(db, row[0], until):
                     break
                 db.execute("DELETE FROM retired WHERE run_pk = ?", (row[0],))
                 if time.monotonic() >= until:
@@ -430,14 +427,18 @@ class SweepsSQLite:
             self._begin_aside(db)
             try:
                 began = time.monotonic()
-                db.execute(f"PRAGMA incremental_vacuum({self._vacuum_pages})").fetchall()
+                for _ in range(min(before[1], self._vacuum_pages)):
+                    # Python 3.11 and 3.12.0 take one step of a statement without columns, which is one page.
+                    db.execute("PRAGMA incremental_vacuum(1)").fetchall()
+                    if time.monotonic() - began >= seconds:
+                        break
                 db.execute("COMMIT")
                 took = time.monotonic() - began
             except BaseException:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise
-            self._vacuum_pages = min(1024, self._vacuum_pages * 2) if took < seconds / 2 else self._vacuum_pages
+            self._vacuum_pages = min(_MOST_PAGES, self._vacuum_pages * 2) if took < seconds / 2 else self._vacuum_pages
             self._vacuum_pages = max(1, self._vacuum_pages // 2) if took > seconds else self._vacuum_pages
             return int(max(1, (before[0] - _pages(db)[0]) * before[2]))
 
@@ -467,13 +468,12 @@ def forget_definition(db: sqlite3.Connection, fingerprint: str) -> None:
     )
 
 
-def _purge_run(db: sqlite3.Connection, pk: int, until: float) -> bool:
-    """Remove rows of a run that is gone, until a moment of the monotonic clock; whether none is left."""
-    for statement in _PURGE:
-        while db.execute(statement, (pk, _SLICE_ROWS)).rowcount == _SLICE_ROWS:
-            if time.monotonic() >= until:
-                return False
-    return True
+def _ended_where(state: RunState, now: float) -> tuple[str, list[str | float]]:
+    """The condition that a run is in a state, with its values."""
+    if state not in (RunState.CRASHED, RunState.RUNNING):
+        return "state = ?", [state.value]
+    lease = "(owner IS NULL OR lease_until <= ?)" if state is RunState.CRASHED else "lease_until > ?"
+    return f"state = ? AND {lease}", [RunState.RUNNING.value, now]
 
 
 def _pages(db: sqlite3.Connection) -> tuple[int, int, int]:

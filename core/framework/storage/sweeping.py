@@ -108,14 +108,18 @@ class _Sweep:
     rest: Callable[[float, threading.Event], None]
     report: SweepReport
     settled: set[str] = field(default_factory=set)
-    """Runs that were dealt with, so that a later rule does not count them again."""
+    """Runs that were dealt with, so that a later rule does not count them again: those that stay, and, in a dry run,
+    those that would go."""
+    foretold: set[str] = field(default_factory=set)
+    """Runs and parts that a dry run says would go: nothing of them is left to be pruned."""
+    at_once: int = 1
+    """Old checkpoints pruned in one step; follows how long that takes."""
 
     def run(self) -> None:
-        before = self.storage.usage()
-        self.report.used_bytes_before = before.used_bytes
+        used = self.report.used_bytes_before
         if not self.report.dry_run:
             self._purge()  # what an earlier sweep left when it was killed; the size is what remains then
-        used = self.storage.usage().used_bytes
+            used = self.storage.usage().used_bytes
         for rules in rules_of(self.policy, self.now):
             if rules.keep:
                 newest = self.storage.nth_newest_ended(rules.states, rules.keep)
@@ -155,23 +159,13 @@ class _Sweep:
     def _remove_above(self, most: int, used: int) -> None:
         """Remove finished runs until the store holds at most ``most`` bytes.
 
-        By what the runs' content is long, and by what the store says it holds, whichever is reached first: the one
-        knows no overhead, and the other may not fall before a database has cleaned up.
+        By what the runs take, as the store estimates it: no more go than a dry run said. What the store really holds
+        may fall later, when a database has cleaned up; the next sweep begins with that.
         """
-        if not self.report.dry_run and self.report.runs:
-            self._purge()
-        look = not self.report.dry_run and self.storage.usage().is_cheap
-
-        def excess() -> int:
-            by_content = used - self.report.freed_bytes - most
-            if not look or by_content <= 0:
-                return by_content
-            return min(by_content, self.storage.usage().used_bytes - most)
-
         rule = f"the store holds more than {most:,} bytes"
         for page in self._pages(lambda after: self.storage.list_ended((*COMPLETED, *FAILED), _PAGE, after)):
             for run in page:
-                if excess() <= 0 or self._is_over():
+                if used - self.report.freed_bytes <= most or self._is_over():
                     return
                 # One by one: each may be the last that has to go.
                 self._retire([run], lambda _: rule)
@@ -188,7 +182,9 @@ class _Sweep:
             for run, retired in zip(waiting, done, strict=False):
                 self._count(run, retired.kept, why(run), retired.run_ids, retired.bytes)
             waiting = waiting[len(done) :]
-            if not self.report.dry_run and any(each.run_ids for each in done):
+            if self.report.dry_run:
+                self._tell()
+            elif any(each.run_ids for each in done):
                 self._told(took)
                 self._purge()
 
@@ -201,8 +197,11 @@ class _Sweep:
             if len(report.kept) < MOST_LISTED:
                 report.kept.append(Kept(run.run_id, kept, rule))
             return
+        if report.dry_run:
+            self.foretold.update(run_ids)
         parts = len(run_ids) - 1
         report.runs += 1
+        report.rules[rule] = report.rules.get(rule, 0) + 1
         report.parts += parts
         report.freed_bytes += size
         if len(report.removed) < MOST_LISTED:
@@ -220,22 +219,22 @@ class _Sweep:
     def _prune(self, before: float) -> None:
         for page in self._pages(lambda after: self.storage.list_aged(before, _PAGE, after)):
             for run in page:
-                if run.run_id not in self.settled or not self.report.dry_run:
+                if run.run_id not in self.foretold:
                     self._prune_run(run.run_id, before)
 
     def _prune_run(self, run_id: str, before: float) -> None:
         if self.report.dry_run:
             self.report.checkpoints += self.storage.prune_older(run_id, before, dry_run=True)
+            self._tell()
             return
-        limit = 16
         while not self._is_stopped():
             began = time.monotonic()
-            gone = self.storage.prune_older(run_id, before, limit)
+            gone = self.storage.prune_older(run_id, before, self.at_once)
             took = time.monotonic() - began
             self.report.checkpoints += gone
             if not gone:
                 return
-            limit = min(500, limit * 2) if took < 2 * _STEP_SECONDS else max(1, limit // 2)
+            self.at_once = min(500, self.at_once * 2) if took < 2 * _STEP_SECONDS else max(1, self.at_once // 2)
             self._told(took)
 
     def _shrink(self) -> None:
@@ -259,9 +258,13 @@ class _Sweep:
                 return
             after = page[-1]
 
-    def _told(self, took: float, *, quietly: bool = False) -> None:
-        if self.on_progress is not None and not quietly:
+    def _tell(self) -> None:
+        if self.on_progress is not None:
             self.on_progress(self.report)
+
+    def _told(self, took: float, *, quietly: bool = False) -> None:
+        if not quietly:
+            self._tell()
         self.rest(took, self.stop)
 
     def _is_over(self) -> bool:
@@ -291,7 +294,8 @@ def sweep(
     that it took, to leave the store to others."""
     if limit is not None and limit < 0:
         raise ValueError(f"limit is how many runs may go, 0 or more, not {limit}.")
-    report = SweepReport(dry_run=dry_run)
-    moment = storage.usage().now if now is None else now
+    usage = storage.usage()
+    moment = usage.now if now is None else now
+    report = SweepReport(dry_run=dry_run, now=moment, used_bytes_before=usage.used_bytes)
     _Sweep(storage, policy, moment, limit, stop or threading.Event(), on_progress, rest, report).run()
     return report

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Generator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import orjson
 
 from framework.errors import CorruptData, RunPinned, UnknownType
 from framework.storage import checkpoints as stored
@@ -153,7 +155,7 @@ def _verify_checkpoint(storage: Storage, run_id: str, row: CheckpointRow, report
         try:
             chunks = storage.read_chunks(run_id, row.sequence)
             count = len(chunks)
-            digest = None if is_sealed(row.body) else stored.parse_body(row).get("digest")
+            digest = None if is_sealed(row.body) else _digest(row)
             if digest is not None and digest != stored.format_digest(stored.fold(chunks).chains.values()):
                 raise CorruptData("Its state does not match its digest.")
         except CorruptData:
@@ -168,21 +170,37 @@ def newest_readable(storage: Storage, run_id: str) -> int | None:
     def read(row: CheckpointRow) -> int:
         if is_sealed(row.body):
             return row.sequence  # what it says is told above this store, which says so when it matters
-        with contextlib.suppress(UnknownType):  # whole, though this program cannot rebuild it
-            stored.load_state(storage, run_id, row.sequence, stored.parse_body(row).get("digest"))
+        stored.load_state(storage, run_id, row.sequence, _digest(row))
         return row.sequence
 
     return stored.read_newest(storage, run_id, read, lambda damage: None)
 
 
 def refuse_pinned(storage: Storage, run_id: str, after: int) -> None:
-    """Raise ``RunPinned`` if a pinned checkpoint above the sequence ``after`` can be read: a rewind would remove it."""
+    """Raise ``RunPinned`` if a pinned checkpoint above the sequence ``after`` is whole: a rewind would remove it.
+
+    One of types that this program has not registered is whole, too: another program can read it.
+    """
     for pin in storage.list_pins([run_id]):
         if pin.sequence <= after or pin.checkpoint_id is None:
             continue
-        with contextlib.suppress(CorruptData, UnknownType):
+        with contextlib.suppress(CorruptData):
             row = storage.find_checkpoint_row(run_id, pin.checkpoint_id)
             # Of one that is encrypted the layer above has looked whether it can be read.
             if row is not None and row.sequence == pin.sequence and not is_sealed(row.body):
-                stored.load_state(storage, run_id, row.sequence, stored.parse_body(row).get("digest"))
+                stored.load_state(storage, run_id, row.sequence, _digest(row))
                 raise RunPinned(run_id, pin.sequence, pin.note)
+
+
+def _digest(row: CheckpointRow) -> str | None:
+    """The digest that a checkpoint has of its state, whether or not this program knows the types in its body.
+
+    Raises ``CorruptData``, ``StoreTooNew``.
+    """
+    body: Any
+    try:
+        body = stored.parse_body(row)
+    except UnknownType:
+        body = orjson.loads(row.body)  # it is JSON, and what is not known is further inside
+    digest: str | None = body.get("digest") if isinstance(body, dict) else None
+    return digest

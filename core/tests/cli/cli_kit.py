@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests import forks
+
 CORE = Path(__file__).parents[2]
 PATIENCE_SECONDS = 40
 
@@ -151,7 +153,7 @@ class Site:
 
     def call(self, *words: object, given: str | None = None, **variables: str) -> Done:
         """Run a command to its end, in a pipe."""
-        done = subprocess.run(
+        done = forks.run(
             self.command(*words),
             input=given if given is not None else "",
             capture_output=True,
@@ -166,7 +168,7 @@ class Site:
     def start(self, *words: object, **variables: str) -> Started:
         """Start a command in a pipe."""
         return Started(
-            subprocess.Popen(
+            forks.Popen(
                 self.command(*words),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

@@ -12,23 +12,16 @@ import pytest
 from framework import _secrets
 from framework.runner.cli.app import run_command_line
 from tests.cli.cli_kit import Done, Site, Started
-from tests.cli.runs_kit import Command, Forks, fill
+from tests.cli.runs_kit import Command, fill
 
 
 @pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    started = Forks()
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Command:
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Command:
     """A store with a run in each state; tests that change something make their own."""
     folder = tmp_path_factory.mktemp("filled")
     url = f"sqlite:///{folder}/runs.db"
     fill(url)
-    return Command(url, folder, forks)
+    return Command(url, folder)
 
 
 @pytest.fixture
@@ -36,7 +29,7 @@ def own(tmp_path: Path, filled: Command) -> Command:
     """A copy of that store."""
     for file in filled.folder.glob("runs.db*"):
         shutil.copy(file, tmp_path)
-    return Command(f"sqlite:///{tmp_path}/runs.db", tmp_path, filled.forks)
+    return Command(f"sqlite:///{tmp_path}/runs.db", tmp_path)
 
 
 @pytest.fixture

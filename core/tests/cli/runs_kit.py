@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from framework.runtime import Runtime
 from framework.schemas.checkpoint import CheckpointConfig
 from framework.storage import codec
 from framework.storage.backend import Storage, open_storage
+from tests import forks
 from tests.graph.executor_kit import GOAL
 from tests.graph.run_view_kit import CORE, cancelled_when, crash, execute, letter, spread
 
@@ -49,76 +48,24 @@ class Ran:
         return json.loads(self.out)
 
 
-_FORKS = """
-import json, os, sys
-import framework.runner.cli.app, framework.runner.cli.commands_checkpoints, framework.runner.cli.commands_runs
-import framework.runner.cli.agents, framework.storage.sqlite
-from framework.__main__ import main
-
-writing = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-for line in sys.stdin:
-    asked = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        try:
-            os.environ.clear()
-            os.environ.update(asked["env"])
-            os.chdir(asked["folder"])
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            os.dup2(os.open(asked["out"], writing), 1)
-            os.dup2(os.open(asked["err"], writing), 2)
-            sys.argv = ["surefoot", *asked["words"]]
-            main()
-        except SystemExit as end:
-            code = end.code
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Forks:
-    """Runs commands each in a process of its own, forked from one that has imported everything: that takes 20 ms where
-    a new interpreter takes 300."""
-
-    def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="surefoot-cli-"))
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _FORKS],
-            env={**os.environ, "PYTHONPATH": str(CORE), "PYTHONUTF8": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, words: Sequence[str], env: Mapping[str, str], folder: Path) -> Ran:
-        out, err = self._folder / "out", self._folder / "err"
-        asked = {"words": words, "env": dict(env), "folder": str(folder), "out": str(out), "err": str(err)}
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        code = int(self._process.stdout.readline())
-        return Ran(code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
-
-    def close(self) -> None:
-        self._process.communicate()
-        shutil.rmtree(self._folder)
-
-
 @dataclass(frozen=True, slots=True)
 class Command:
     """The real command over one store, in a process of its own and with pipes."""
 
     url: str
     folder: Path
-    forks: Forks
 
     def __call__(self, *words: str, env: Mapping[str, str] | None = None) -> Ran:
-        ran = self.forks.run(words, {**self.environment(), **(env or {})}, self.folder)
+        done = forks.run(
+            self.words(*words),
+            cwd=self.folder,
+            env={**self.environment(), **(env or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=50,
+        )
+        ran = Ran(done.returncode, done.stdout, done.stderr)
         assert "Traceback" not in ran.err, ran.err
         assert ran.code != 70
         return ran

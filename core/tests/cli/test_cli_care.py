@@ -50,7 +50,7 @@ def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
 
 @pytest.mark.parametrize("words", [("runs", "list"), ("resume", "latest"), ("doctor",)])
 def test_the_password_of_a_storage_url_is_never_shown(here: Here, words: tuple[str, ...]) -> None:
-    done = here(*words, "--storage", "postgres://me:pw7@host/db")
+    done = here(*words, "--storage", "postgres://me:pw7@host/db?patience_seconds=0")
     assert done.code == 1
     assert "pw7" not in done.out + done.err
     assert "@host" in done.out + done.err

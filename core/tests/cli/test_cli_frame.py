@@ -20,7 +20,7 @@ from framework.runner.cli.app import COMMANDS, end_process, surefoot
 from framework.runner.cli.doctor import file_system_of
 from framework.runner.cli.exits import CommandError, Exit, code_of, message_of
 from framework.runner.cli.inputs import parse_pair
-from framework.runner.cli.output import Column, Screen, Styled, _fit, jsonable
+from framework.runner.cli.output import Column, Screen, Styled, _cut, _fit, jsonable
 from framework.runner.cli.running import Loop, run_to_end
 from framework.runner.cli.settings import Settings
 from framework.runner.cli.shell import parse_line
@@ -191,6 +191,15 @@ def test_json_carries_every_kind_of_value() -> None:
     assert (round_trip["amount"], round_trip["set"], round_trip["1"]) == ("1.5", [1], [2, "NaN"])
     assert round_trip["state"] == "paused"
     assert "object" in round_trip["object"]
+
+
+def test_an_id_is_cut_where_its_end_can_be_seen() -> None:
+    name = "tenant-7/customer-onboarding-2026-000123"
+    assert _cut(name, 24, "…", middle=True) == "tenant-7…ing-2026-000123"
+    assert _cut(name, 24, "…") == "tenant-7/customer-onboa…"
+    assert _cut(name, len(name), "…", middle=True) == name
+    assert text.width_of(_cut("客户" * 20, 15, "~", middle=True)) in (14, 15)
+    assert all(text.width_of(_cut(name, room, "…", middle=True)) == room for room in range(1, 40))
 
 
 def test_a_table_in_a_pipe_is_whole_and_has_no_control_codes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,8 +189,9 @@ def test_recover_cancels_a_run_that_was_asked_to_stop_and_did_not_live_to_do_it(
     )
     done = site.call("recover")
     assert done.code == 0
-    [line] = [line for line in done.out.splitlines() if "house-1" in line]
-    assert "cancelled" in line
+    row, problem = [line for line in done.out.splitlines() if "house-1" in line]
+    assert "cancelled" in row
+    assert problem.startswith("house-1: ")
     assert "asked to stop before its process ended" in done.out
     assert site.ledger() == ["survey", "build"], "nothing ran again"
     [run] = site.call("runs", "list", "-o", "json").document["runs"]

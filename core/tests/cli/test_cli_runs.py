@@ -14,6 +14,7 @@ import pexpect
 import pytest
 
 from framework.storage.backend import open_storage
+from tests import forks
 from tests.cli.runs_kit import (
     CANCELLED,
     CRASHED,
@@ -22,7 +23,6 @@ from tests.cli.runs_kit import (
     PAUSED,
     PLAN,
     Command,
-    Forks,
     go_on_with_plan,
     start_plan_with_own_type,
 )
@@ -31,11 +31,11 @@ from tests.graph.run_view_kit import RUN_ID, executor_for, kill, start_and_wait_
 
 
 @pytest.fixture
-def running(tmp_path: Path, forks: Forks) -> Iterator[tuple[Command, subprocess.Popen[bytes]]]:
+def running(tmp_path: Path) -> Iterator[tuple[Command, subprocess.Popen[bytes]]]:
     """A run that another process runs."""
     url = f"sqlite:///{tmp_path}/runs.db"
     process = start_and_wait_inside(url, "letter")
-    yield Command(url, tmp_path, forks), process
+    yield Command(url, tmp_path), process
     kill(process)
 
 
@@ -184,7 +184,7 @@ def test_watch_follows_a_run_of_another_process_until_it_ends(
     running: tuple[Command, subprocess.Popen[bytes]],
 ) -> None:
     command, process = running
-    watcher = subprocess.Popen(
+    watcher = forks.Popen(
         command.words("runs", "watch", RUN_ID, "--interval", "0.05"),
         env=command.environment(),
         stdout=subprocess.PIPE,
@@ -202,7 +202,7 @@ def test_watch_follows_a_run_of_another_process_until_it_ends(
 
 def test_ctrl_c_stops_the_watching_and_not_the_run(running: tuple[Command, subprocess.Popen[bytes]]) -> None:
     command, process = running
-    watcher = subprocess.Popen(
+    watcher = forks.Popen(
         command.words("runs", "watch", RUN_ID),
         env=command.environment(),
         stdout=subprocess.PIPE,

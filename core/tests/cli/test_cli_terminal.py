@@ -67,7 +67,7 @@ def terminal(site: Site) -> Iterator[Terminal]:
         child.close(force=True)
 
 
-@pytest.mark.parametrize("columns", [80, 60])
+@pytest.mark.parametrize("columns", [60, pytest.param(80, marks=pytest.mark.slow)])
 def test_a_run_shows_live_progress_and_leaves_its_lines(terminal: Terminal, columns: int) -> None:
     child = terminal.start("run", terminal.site.agent, *INPUT, columns=columns, FLAKY="build", HOLD="hand_over")
     child.expect("holding")
@@ -112,7 +112,7 @@ def test_closing_the_terminal_releases_the_run(terminal: Terminal) -> None:
     assert terminal.site.call("resume", "latest", "-q").document["output"]["keys"] == KEYS
 
 
-@pytest.mark.parametrize("columns", [80, 60, 40])
+@pytest.mark.parametrize("columns", [40, *(pytest.param(more, marks=pytest.mark.slow) for more in (80, 60))])
 def test_tables_fit_the_terminal(terminal: Terminal, columns: int) -> None:
     site = terminal.site
     site.make_agent("a-house-for-everybody-and-their-animals", description="Builds houses " * 10)

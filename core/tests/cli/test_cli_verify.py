@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from framework.storage.contract import new_run
 from framework.storage.encryption import KeyRing
 from framework.storage.encryption_keys import write_key_file
 from framework.storage.sqlite import SQLiteStorage
+from tests import forks
 from tests.cli.cli_kit import CORE
 from tests.cli.runs_kit import DONE, Command
 
@@ -22,7 +22,7 @@ from tests.cli.runs_kit import DONE, Command
 def owner_that_is_gone() -> str:
     program = "from framework.storage.ownership import new_owner; print(new_owner())"
     environment = {**os.environ, "PYTHONPATH": str(CORE)}
-    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    ended = forks.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     return ended.stdout.strip()
 
 

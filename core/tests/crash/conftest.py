@@ -20,6 +20,7 @@ from framework.graph.planner import Step
 from framework.schemas.run import RunState
 from framework.storage.backend import open_storage
 from framework.storage.checkpoints import parse_log
+from tests import forks
 
 PROGRAM = Path(__file__).with_name("agent_program.py")
 CORE = Path(__file__).parents[2]
@@ -99,7 +100,7 @@ class Lab:
             environment["SUREFOOT_FAULT"] = fault
         if hold is not None:
             environment["SUREFOOT_HOLD"] = hold
-        return subprocess.Popen(
+        return forks.Popen(
             [sys.executable, str(PROGRAM), json.dumps(arguments)],
             env=environment,
             stdin=subprocess.PIPE,

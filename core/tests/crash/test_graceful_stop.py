@@ -20,6 +20,7 @@ from framework.schemas.run import RunState
 from framework.storage.backend import open_storage
 from framework.storage.checkpoints import parse_log
 from framework.storage.records import RunRecord
+from tests import forks
 
 CORE = Path(__file__).parents[2]
 PATIENCE_SECONDS = 50
@@ -66,7 +67,7 @@ class Program:
 
     def start(self, node: str, grace: float) -> subprocess.Popen[str]:
         source = PROGRAM.replace("GRACE", repr(grace)) + textwrap.dedent(node) + RUN
-        self.process = subprocess.Popen(
+        self.process = forks.Popen(
             [sys.executable, "-c", source, self.url],
             env={**os.environ, "PYTHONPATH": str(CORE), "PYTHONWARNINGS": "error"},
             stdout=subprocess.PIPE,

@@ -19,6 +19,7 @@ from framework.schemas.run import RunState
 from framework.storage import codec
 from framework.storage.backend import open_storage
 from framework.storage.checkpoints import parse_log
+from tests import forks
 
 PROGRAM = Path(__file__).with_name("plan_program.py")
 CORE = Path(__file__).parents[2]
@@ -60,7 +61,7 @@ class Bench:
             environment["SUREFOOT_FAULT"] = fault
         command = [sys.executable, str(PROGRAM), json.dumps({**known, **arguments})]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        return forks.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
     def live(self, fault: str | None = None, mode: str = "run", **more: Any) -> dict[str, Any] | None:
         """One process from its start to its end; ``None`` when it was killed."""

@@ -17,6 +17,7 @@ from typing import Any
 from framework.schemas.run import RunState
 from framework.storage.backend import open_storage
 from framework.storage.records import RunRecord
+from tests import forks
 
 PROGRAM = Path(__file__).with_name("worker_program.py")
 CORE = Path(__file__).parents[2]
@@ -37,7 +38,7 @@ class Fleet:
 
     def start(self, mode: str, **told: Any) -> subprocess.Popen[str]:
         arguments = {"mode": mode, "url": self.url, "ledger": str(self.ledger), **told}
-        process = subprocess.Popen(
+        process = forks.Popen(
             [sys.executable, str(PROGRAM), json.dumps(arguments)],
             env={**os.environ, "PYTHONPATH": str(CORE), "PYTHONWARNINGS": "error"},
             stdout=subprocess.PIPE,

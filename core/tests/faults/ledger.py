@@ -28,6 +28,7 @@ import orjson
 
 from framework.errors import LeaseLost
 from framework.graph.planner import Step
+from framework.storage.checkpoints import plain_records
 from framework.storage.interface import Storage
 from framework.storage.records import Commit, RunRecord, Write
 
@@ -241,7 +242,7 @@ def read_log(store: Storage, run_id: str, work: str) -> list[Entry]:
         return []
     entries = []
     for row in store.read_log(run_id):
-        records = orjson.loads(row.record)
+        records = plain_records(row)
         steps = [_key(record, work) for record in records if record["kind"] == "step"]
         attempts = [(record["step"], record["attempt"]) for record in records if record["kind"] == "attempt"]
         digest = sha256(row.record + b"|" + (row.log or b"")).hexdigest()[:16]

@@ -10,6 +10,7 @@ from pathlib import Path
 import orjson
 import pytest
 
+from tests import forks
 from tests.faults.catalogue import FAULTS
 from tests.faults.suite import Settings, tasks_of
 
@@ -21,7 +22,7 @@ SMALL = ("kills", "power-failure", "disk-full", "bit-flips", "cut")
 def run(program: list[str], **settings: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("FAULTS_", "SEED"))}
     environment = {**kept, "PYTHONPATH": str(CORE), **settings}
-    return subprocess.run([sys.executable, *program], env=environment, cwd=CORE, capture_output=True, text=True)
+    return forks.run([sys.executable, *program], env=environment, cwd=CORE, capture_output=True, text=True)
 
 
 def test_a_small_suite_passes(tmp_path: Path) -> None:

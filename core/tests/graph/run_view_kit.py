@@ -18,6 +18,7 @@ from framework.graph.node import NodeSpec
 from framework.graph.run_view import RunView, StepView, view_run
 from framework.schemas.checkpoint import CheckpointConfig
 from framework.storage.backend import Storage
+from tests import forks
 from tests.graph.executor_kit import GOAL, MinimalRuntime, edge, graph_of
 
 CORE = Path(__file__).resolve().parents[2]
@@ -122,13 +123,13 @@ asyncio.run(execute(open_storage(url), letter() if shape == "letter" else spread
 
 def crash(url: str, shape: str) -> None:
     """A run in a process of its own that ends by ``os._exit`` in the middle of a step."""
-    done = subprocess.run(_program(url, shape, "exit"), env=_environment(), cwd=CORE, timeout=50, check=False)
+    done = forks.run(_program(url, shape, "exit"), env=_environment(), cwd=CORE, timeout=50, check=False)
     assert done.returncode == 9
 
 
 def start_and_wait_inside(url: str, shape: str) -> subprocess.Popen[bytes]:
     """A run in a process of its own that stays inside a step until it is killed."""
-    process = subprocess.Popen(
+    process = forks.Popen(
         _program(url, shape, "wait"), env=_environment(), cwd=CORE, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdout is not None

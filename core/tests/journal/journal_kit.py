@@ -34,9 +34,11 @@ class Rows:
         self.rows: dict[int, bytes] = {}
         self.messages: list[Message] = []
         self.writes = 0
+        self.progress = 0
 
-    def write_journal(self, rows: Sequence[JournalRow]) -> Future[None]:
+    def write_journal(self, rows: Sequence[JournalRow], *, progress: bool = False) -> Future[None]:
         self.writes += 1
+        self.progress += progress
         self.rows.update((row.number, row.record) for row in rows)
         return _done(None)
 

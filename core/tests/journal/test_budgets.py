@@ -241,7 +241,7 @@ class Held(MemoryStorage):
         self.committing, self.asked = threading.Event(), threading.Event()
 
     def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
-        if any(isinstance(each, Commit) and b'"step"' in each.record and b'"b"' in each.record for each in commits):
+        if any(isinstance(each, Commit) and each.record.startswith(b'["b",') for each in commits):
             self.committing.set()
             self.asked.wait(10)
         return super().commit(commits)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from framework.runtime import Runtime
 from framework.storage.backend import open_storage
 from framework.storage.interface import Storage
 from framework.storage.memory import MemoryStorage
+from tests import forks
 from tests.journal.journal_kit import Bench
 from tests.plans.plan_kit import GOAL, plan
 
@@ -31,7 +31,7 @@ PROGRAM = Path(__file__).with_name("between_program.py")
 
 def live(url: str, die: str = "") -> tuple[int, list[str]]:
     """One process: how often it asked the model, and its last line."""
-    done = subprocess.run(
+    done = forks.run(
         [sys.executable, str(PROGRAM), url, die],
         env={**os.environ, "PYTHONPATH": str(PROGRAM.parents[2]), "PYTHONWARNINGS": "error"},
         capture_output=True,
@@ -76,7 +76,7 @@ SETTLED: dict[str, Settle] = {
 
 
 def settle(url: str, call: str, how: list[str]) -> None:
-    done = subprocess.run(
+    done = forks.run(
         [sys.executable, "-m", "framework", "runs", "settle", "run", call, *how, "--storage", url],
         env={**os.environ, "PYTHONPATH": str(PROGRAM.parents[2])},
         capture_output=True,
@@ -170,7 +170,7 @@ def test_what_an_uncommitted_step_came_to_decides_whether_later_journals_count(
     ledger, program = tmp_path / "ledger", str(PROGRAM.with_name("uncommitted_program.py"))
     for number, dies in enumerate((True, False)):
         base = "0" if same else str(number)
-        done = subprocess.run(
+        done = forks.run(
             [sys.executable, program, url, str(ledger), json.dumps(config), base, "die" if dies else ""],
             env={**os.environ, "PYTHONPATH": str(PROGRAM.parents[2]), "PYTHONWARNINGS": "error"},
             capture_output=True,

@@ -25,6 +25,11 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]
         yield opened
 
 
+@pytest.mark.parametrize(
+    "storage",
+    ["sqlite", *(pytest.param(other, marks=pytest.mark.slow) for other in ("memory", "files"))],
+    indirect=True,
+)
 async def test_an_answer_above_50_megabytes_is_stored_and_answered(storage: Storage) -> None:
     made: list[str] = []
 

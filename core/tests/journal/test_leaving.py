@@ -7,15 +7,20 @@ import asyncio
 import sys
 import time
 import traceback
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from framework.graph import journal_turns, journal_waits
 from framework.graph.journal import AttemptJournal, CallSpec, request_hash
+from framework.graph.journal_slots import SIGNALS
 from framework.graph.node import NodeContext, NodeResult, NodeSpec
 from framework.graph.suspension import Suspended
 from framework.storage.memory import MemoryStorage
+from framework.storage.records import JournalRow
 from tests.graph.executor_kit import graph_of
 from tests.journal.journal_kit import Bench, Life, Outside, Rows, question_of
 from tests.journal.test_lanes import blocking, crashed
@@ -117,7 +122,7 @@ async def test_what_waits_in_another_order_than_recorded_is_waited_for_all_the_s
 
 
 async def test_a_call_that_hangs_does_not_keep_a_suspended_step_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_turns, "IN_FLIGHT_SECONDS", 0.05)
+    monkeypatch.setattr(journal_turns, "LEAVE_SECONDS", 0.05)
     life = Life(Rows(), Outside())
 
     async def hangs() -> None:
@@ -134,6 +139,189 @@ async def test_a_call_that_hangs_does_not_keep_a_suspended_step_for_ever(monkeyp
     with pytest.raises(BaseExceptionGroup) as raised:
         await asyncio.wait_for(life.run(work), 20)
     assert raised.group_contains(Suspended)
+
+
+# --- calls that take long ---------------------------------------------------------------------------------------------
+
+
+class Slow:
+    """A call that takes until it may end. It is counted."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.begun, self.may_end = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self) -> str:
+        self.made += 1
+        self.begun.set()
+        await self.may_end.wait()
+        return f"made {self.made}"
+
+
+async def beside_a_wait(ctx: NodeContext, slow: Slow) -> list[Any]:
+    """A task group, which stops its other tasks as soon as one hears that the step is suspended."""
+    async with asyncio.TaskGroup() as group:
+        made = group.create_task(ctx.call("slow", slow))
+        await slow.begun.wait()
+        come = group.create_task(ctx.wait_for("go"))
+    return [made.result(), come.result()]
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [text for text in caplog.messages if "waits for calls that it is still making" in text]
+
+
+async def test_a_call_that_takes_long_is_waited_for_and_recorded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(journal_turns, "IN_FLIGHT_SECONDS", 0.01)
+    bench, slow = Bench(MemoryStorage()), Slow()
+
+    async def body(ctx: NodeContext) -> Any:
+        return await beside_a_wait(ctx, slow)
+
+    task = asyncio.create_task(bench.run(body))
+    await until(lambda: len(told(caplog)) > 1)
+    assert not task.done()
+    assert told(caplog)[0].startswith("Step 'a#1' of run 'run'")
+    assert ": slow. " in told(caplog)[0]
+    slow.may_end.set()
+    assert (await task).paused_at == "a"
+    bench.manager.send("run", "go", 17)
+    assert (await bench.run(body)).output["value"] == ["made 1", 17]
+
+
+async def test_a_call_that_takes_longer_than_a_task_stays_for_it_is_waited_for_after_the_node(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when the task holds a lock that the call needs. What was gathered is not stopped."""
+    monkeypatch.setattr(journal_turns, "LEAVE_SECONDS", 0.01)
+    monkeypatch.setattr(journal_turns, "IN_FLIGHT_SECONDS", 0.01)
+    bench, lock, made = Bench(MemoryStorage()), asyncio.Lock(), list[str]()
+
+    async def needs_the_lock() -> str:
+        async with lock:
+            # Not before it was told of: what waits now is not the task that held the lock.
+            await until(lambda: bool(told(caplog)))
+            made.append("x")
+            return "made"
+
+    async def holds_the_lock(ctx: NodeContext) -> Any:
+        async with lock:
+            calls.append(asyncio.create_task(ctx.call("slow", needs_the_lock)))
+            await asyncio.sleep(0)
+            return await ctx.wait_for("go")
+
+    calls: list[asyncio.Task[Any]] = []
+
+    async def body(ctx: NodeContext) -> Any:
+        return [await holds_the_lock(ctx), await calls[-1]]
+
+    assert (await bench.run(body)).paused_at == "a"
+    bench.manager.send("run", "go", 17)
+    assert (await bench.run(body)).output["value"] == [17, "made"]
+    assert made == ["x"]
+
+
+async def test_the_time_limit_of_a_step_ends_the_wait_for_a_call_that_hangs() -> None:
+    bench, slow = Bench(MemoryStorage()), Slow()
+
+    async def body(ctx: NodeContext) -> Any:
+        return await beside_a_wait(ctx, slow)
+
+    graph = graph_of(NodeSpec(id="a", max_retries=1, timeout_seconds=0.2))
+    result = await asyncio.wait_for(bench.run(body, graph=graph), 20)
+    assert (result.paused_at, slow.made) == ("a", 1)
+    slow.may_end.set()
+    bench.manager.send("run", "go", 17)
+    assert (await bench.run(body)).output["value"] == ["made 2", 17]
+
+
+class OwnRows(Rows):
+    """Those of one step; numbers of waits, which are a step of their own, are not kept."""
+
+    def write_journal(self, rows: Sequence[JournalRow], *, progress: bool = False) -> Future[None]:
+        return super().write_journal([row for row in rows if row.step != SIGNALS], progress=progress)
+
+    def read_journal(self, step: str) -> Future[list[JournalRow]]:
+        return super().read_journal(step) if step != SIGNALS else OwnRows().read_journal("")
+
+
+async def test_short_waits_of_other_tasks_do_not_keep_a_suspended_step() -> None:
+    """They would, one after the other, and the time limit stands still while they last."""
+    life, naps = Life(OwnRows(), Outside()), list[str]()
+
+    async def naps_on() -> None:
+        while True:
+            naps.append("x")
+            await waits(life, "sleep", 0.01)
+
+    async def looks_again() -> None:
+        while True:
+            with suppress(TimeoutError):
+                await waits(life, "wait_for", "never", 0.01)
+
+    async def work(life: Life) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(naps_on())
+            group.create_task(looks_again())
+            await until(lambda: len(naps) > 2)
+            group.create_task(waits(life, "ask", "Go on?"))
+
+    with pytest.raises(BaseExceptionGroup) as raised:
+        await asyncio.wait_for(life.run(work), 20)
+    assert raised.group_contains(Suspended)
+    with pytest.raises(Suspended) as suspended:
+        await life.journal.over()
+    assert sorted(each.kind for each in suspended.value.waits) == ["answer", "signal", "sleep"]
+
+
+async def test_a_run_is_cancelled_at_once_while_a_suspended_step_waits_for_a_call(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(journal_turns, "IN_FLIGHT_SECONDS", 0.01)
+    bench, slow = Bench(MemoryStorage()), Slow()
+
+    async def body(ctx: NodeContext) -> Any:
+        return await beside_a_wait(ctx, slow)
+
+    task = asyncio.create_task(bench.run(body))
+    await until(lambda: bool(told(caplog)))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, 20)
+
+
+@pytest.mark.parametrize("ends", ["the call", "the attempt"])
+async def test_a_thread_that_is_suspended_waits_for_the_calls_of_others(
+    ends: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(journal_turns, "IN_FLIGHT_SECONDS", 0.01)
+    life, slow = Life(Rows(), Outside()), Slow()
+    await life.journal.begin()
+
+    def pay(key: str) -> str:
+        raise TimeoutError("no answer in time")
+
+    def pays() -> str:
+        return life.journal.call_blocking("pay", request_hash("pay", ""), pay, CallSpec("ask"))
+
+    with pytest.raises(TimeoutError):
+        await asyncio.to_thread(pays)
+    making = asyncio.create_task(life.journal.call("slow", request_hash("slow", ""), lambda key: slow(), CallSpec()))
+    await slow.begun.wait()
+    paying = asyncio.create_task(asyncio.to_thread(pays))  # once more: whether the first took effect is not known
+    await until(lambda: bool(told(caplog)))
+    assert not paying.done()
+    if ends == "the call":
+        slow.may_end.set()
+        assert await making == "made 1"
+    else:
+        life.journal.close()
+    with pytest.raises(Suspended):
+        await asyncio.wait_for(paying, 20)
+    slow.may_end.set()
+    await asyncio.gather(making, return_exceptions=True)
 
 
 # --- calls that are held ----------------------------------------------------------------------------------------------

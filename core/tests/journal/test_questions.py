@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from framework.graph.run_view import view_run
 from framework.storage.backend import open_storage
 from framework.storage.interface import Storage
 from framework.storage.memory import MemoryStorage
+from tests import forks
 from tests.journal.journal_kit import Bench, Quiet, loop_graph, question_of
 
 
@@ -252,7 +252,7 @@ PROGRAM = Path(__file__).with_name("waits_program.py")
 
 def _live(url: str, first: str, die_at: str = "") -> str:
     """One process that works on the run until it pauses or ends; its last line, "killed" when it was."""
-    done = subprocess.run(
+    done = forks.run(
         [sys.executable, str(PROGRAM), url, first, die_at],
         env={**os.environ, "PYTHONPATH": str(PROGRAM.parents[2]), "PYTHONWARNINGS": "error"},
         capture_output=True,

@@ -54,8 +54,8 @@ def prepare() -> None:
             die()
         return found
 
-    def written(session: RunSession, rows: Sequence[JournalRow]) -> Future[None]:
-        future = write(session, rows)
+    def written(session: RunSession, rows: Sequence[JournalRow], **more: Any) -> Future[None]:
+        future = write(session, rows, **more)
         if POINT == "claim" and rows[0].step == "signals":
             future.result()
             die()

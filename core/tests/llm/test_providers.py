@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -274,15 +273,13 @@ def test_a_bug_is_not_called_an_error_of_the_provider(make: Make, complete: Any)
 async def test_the_loop_goes_on_while_a_model_thinks(server: Server, make: Make) -> None:
     llm = make()
     await ask(llm, messages=ASK)  # the first call also imports the client
-    server.queue({"type": "delay", "seconds": 0.2})
-    turns, longest, last = 0, 0.0, time.perf_counter()
+    server.queue({"type": "delay", "seconds": 0.5})
+    turns = 0
     task = asyncio.create_task(ask(llm, messages=ASK))
     while not task.done():
         await asyncio.sleep(0.001)
-        now = time.perf_counter()
-        turns, longest, last = turns + 1, max(longest, now - last), now
-    assert turns > 20
-    assert longest < 0.15
+        turns += 1
+    assert turns > 20, "a loop that is blocked takes a handful of turns"
     await llm.aclose()
 
 

@@ -27,8 +27,8 @@ from framework.llm.provider import LLMResponse, Tool, ToolResult, ToolUse
 from framework.llm.scripted import ScriptedLLM
 from framework.runtime import Runtime
 from framework.schemas.checkpoint import CheckpointConfig
-from framework.storage import codec
 from framework.storage.backend import open_storage
+from framework.storage.checkpoints import parse_log
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -268,8 +268,8 @@ async def test_costs_are_recorded_with_the_steps_and_go_on_over_a_resume(tmp_pat
     assert (failed.total_cost, failed.total_tokens) == (1.25, 60)
     checkpoints = await asyncio.to_thread(manager.list_checkpoints, "r")
     assert sorted(each.total_cost for each in checkpoints) == [0.25, 0.25]
-    records = [codec.decode(row.record) for row in await asyncio.to_thread(storage.read_log, "r")]
-    written = {record["node"]: record for part in records for record in part if "node" in record}
+    records = parse_log(await asyncio.to_thread(storage.read_log, "r"))
+    written = {record["node"]: record for record in records if "node" in record}
     assert (written["one"]["cost"], written["one"]["output_tokens"], written["two"]["cost"]) == (0.25, 5, 0.5)
     assert "cost" not in written["free"]
 

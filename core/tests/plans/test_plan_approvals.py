@@ -23,7 +23,7 @@ from framework.graph.plan import (
     Plan,
     PlanStep,
 )
-from framework.graph.plan_run import progress_of
+from framework.graph.plan_outcomes import progress_of
 from framework.graph.plan_state import PlanState
 from framework.graph.run_opening import Definition
 from framework.runtime.core import Runtime

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+
+from tests import forks
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = ROOT / "examples" / "plan_with_approvals" / "campaign.py"
 
 
 def run(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
+    done = forks.run(
         [sys.executable, "-W", "error", str(PROGRAM), *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT / "core"), "PYTHONUTF8": "1"},

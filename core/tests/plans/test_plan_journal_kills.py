@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from framework.graph.checkpoint_manager import CheckpointManager
 from framework.graph.journal_rows import CallRecord
 from framework.schemas.run import RunState
 from framework.storage.backend import open_storage
+from tests import forks
 
 PROGRAM = Path(__file__).with_name("journaled_plan_program.py")
 CORE = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ class Bench:
     def live(self, kill: str = "", **more: Any) -> dict[str, Any] | None:
         """One process from its start to its end; what came of the run, ``None`` when it was killed."""
         known = {"url": self.url, "ledger": str(self.folder / "ledger"), "concurrency": self.concurrency}
-        process = subprocess.run(
+        process = forks.run(
             [sys.executable, str(PROGRAM), json.dumps({**known, "work": self.work, "kill": kill, **more})],
             env={**os.environ, "PYTHONPATH": str(CORE), "PYTHONWARNINGS": "error"},
             capture_output=True,

@@ -124,7 +124,7 @@ async def test_a_changed_step_has_a_run_of_its_own(tmp_path: Path) -> None:
 async def test_a_paused_child_needs_a_person_and_then_goes_on(tmp_path: Path) -> None:
     house = House(tmp_path, pause=True)
     result = await house.executor.execute_plan(plan(), GOAL, run_id="p")
-    assert result.status is ExecutionStatus.NEEDS_ESCALATION
+    assert result.status is ExecutionStatus.AWAITING_APPROVAL
     assert "p/s#1" in str(result.feedback)
     result = await house.executor.execute_plan(plan(), GOAL, run_id="p")
     assert (result.status, house.calls) == (ExecutionStatus.COMPLETED, ["one", "two"])

@@ -243,3 +243,9 @@ def plain() -> Agent:
 @pytest.fixture(autouse=True)
 def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, logger="framework")
+
+
+@pytest.fixture
+def agent_over() -> type[Agent]:
+    """Makes an agent over any store."""
+    return Agent

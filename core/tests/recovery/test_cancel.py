@@ -35,6 +35,7 @@ from framework.storage.memory import MemoryStorage
 from framework.storage.ownership import effective_state
 from framework.storage.records import Commit, Message, Write
 from framework.storage.sqlite import SQLiteStorage
+from tests import forks
 
 if TYPE_CHECKING:
     from tests.recovery.conftest import Agent
@@ -296,7 +297,7 @@ PROGRAM = """
 
 
 def start(url: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    return forks.Popen(
         [sys.executable, "-c", textwrap.dedent(PROGRAM), url],
         env={**os.environ, "PYTHONPATH": str(CORE)},
         stdout=subprocess.PIPE,

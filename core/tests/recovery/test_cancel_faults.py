@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from framework.storage.ownership import effective_state, new_owner, retire
 from framework.storage.records import RunRecord
 from framework.storage.sqlite import SQLiteStorage
 from framework.testing import clear_faults, install_fault
+from tests import forks
 
 if TYPE_CHECKING:
     from tests.recovery.conftest import Agent
@@ -117,7 +117,7 @@ CLAIMED = """
 
 def program(text: str, url: str, **variables: str) -> int:
     environment = {**os.environ, "PYTHONPATH": str(CORE), **variables}
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(text), url], env=environment, timeout=50).returncode
+    return forks.run([sys.executable, "-c", textwrap.dedent(text), url], env=environment, timeout=50).returncode
 
 
 def killed_at(fault: str, url: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 from framework.graph.node import NodeContext, NodeResult
 from framework.schemas.run import RunState
 from framework.storage.checkpoints import parse_log
+from framework.storage.records import LogRow
 
 if TYPE_CHECKING:
     from tests.recovery.conftest import Agent, Turns, Work
@@ -361,10 +362,7 @@ async def test_a_step_waits_for_the_commit_it_follows_not_for_its_siblings(
         return outcomes
 
     def parse_log_records(data: bytes) -> list[dict[str, Any]]:
-        from framework.storage import codec
-
-        decoded: list[dict[str, Any]] = codec.decode(data)
-        return [record for record in decoded if record["kind"] == "step"]
+        return [record for record in parse_log([LogRow(0, data, None)]) if record["kind"] == "step"]
 
     monkeypatch.setattr(quick.storage, "commit", slowly)
     seen: dict[str, list[str]] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from framework.storage.backend import open_storage
+from tests import forks
 
 CORE = Path(__file__).parents[2]
 NOBODY = 65534
@@ -62,7 +62,7 @@ except StorageError as error:
 
 def run_program(url: str, *, run_id: str = "r", max_bytes: int = 0, user: int = 0) -> list[str]:
     """The lines that the program above prints, in a process that may write ``max_bytes`` to a file."""
-    done = subprocess.run(
+    done = forks.run(
         [sys.executable, "-c", PROGRAM, url, run_id, str(max_bytes), str(user)],
         env={**os.environ, "PYTHONPATH": str(CORE)},
         capture_output=True,

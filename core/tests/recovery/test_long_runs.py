@@ -106,7 +106,7 @@ async def growth(agent: Agent, first: int, last: int) -> float:
 async def test_a_run_keeps_a_reference_for_each_step_and_no_more(quick: Agent) -> None:
     with MemoryStorage() as store:
         quick.storage, quick.runtime = store, Runtime(store)
-        assert await growth(quick, 400, 2_400) < 50
+        assert await growth(quick, 400, 1_400) < 50
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -214,22 +215,13 @@ def joined_after_a_pause() -> GraphSpec:
     )
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
-@example(joined_after_a_pause(), 72922, CheckpointConfig(retention_strategy="all"), 1647, 0.2)
-@given(graphs(), st.integers(0, 10**6), configs, st.integers(0, 10**6), st.sampled_from([0.0, 0.05, 0.2]))
-def test_the_same_end_however_often_it_is_stopped(
-    graph: GraphSpec, seed: int, config: CheckpointConfig, order: int, share: float
-) -> None:
+def stop(graph: GraphSpec, seed: int, config: CheckpointConfig, order: int, share: float) -> None:
     logging.getLogger("framework").setLevel(logging.CRITICAL)
     undisturbed = run(graph, seed, CheckpointConfig(), 0, 0.0)
     assert run(graph, seed, config, order, share) == undisturbed
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
-@given(graphs(), st.integers(0, 10**6), configs, st.integers(0, 10**6), st.sampled_from([0.0, 0.1]))
-def test_a_fork_at_any_checkpoint_comes_to_the_same_end(
-    graph: GraphSpec, seed: int, config: CheckpointConfig, order: int, share: float
-) -> None:
+def fork_anywhere(graph: GraphSpec, seed: int, config: CheckpointConfig, order: int, share: float) -> None:
     logging.getLogger("framework").setLevel(logging.CRITICAL)
     undisturbed = run(graph, seed, CheckpointConfig(), 0, 0.0)
     luck = random.Random(order)
@@ -247,3 +239,49 @@ def test_a_fork_at_any_checkpoint_comes_to_the_same_end(
             assert snapshot(storage, "r") == before
         storage.delete_run("r")
         assert storage.verify().ok
+
+
+def drawn(examples: int) -> settings:
+    ignored = [HealthCheck.too_slow, HealthCheck.filter_too_much]
+    return settings(deadline=None, max_examples=examples, suppress_health_check=ignored)
+
+
+STOPPED = (graphs(), st.integers(0, 10**6), configs, st.integers(0, 10**6), st.sampled_from([0.0, 0.05, 0.2]))
+FORKED = (graphs(), st.integers(0, 10**6), configs, st.integers(0, 10**6), st.sampled_from([0.0, 0.1]))
+
+
+@drawn(25)
+@example(joined_after_a_pause(), 72922, CheckpointConfig(retention_strategy="all"), 1647, 0.2)
+@given(*STOPPED)
+def test_the_same_end_however_often_it_is_stopped(
+    graph: GraphSpec, seed: int, config: CheckpointConfig, order: int, share: float
+) -> None:
+    stop(graph, seed, config, order, share)
+
+
+@drawn(15)
+@given(*FORKED)
+def test_a_fork_at_any_checkpoint_comes_to_the_same_end(
+    graph: GraphSpec, seed: int, config: CheckpointConfig, order: int, share: float
+) -> None:
+    fork_anywhere(graph, seed, config, order, share)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@drawn(1000)
+@given(*STOPPED)
+def test_the_same_end_at_length(
+    graph: GraphSpec, seed: int, config: CheckpointConfig, order: int, share: float
+) -> None:
+    stop(graph, seed, config, order, share)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@drawn(1000)
+@given(*FORKED)
+def test_a_fork_at_any_checkpoint_at_length(
+    graph: GraphSpec, seed: int, config: CheckpointConfig, order: int, share: float
+) -> None:
+    fork_anywhere(graph, seed, config, order, share)

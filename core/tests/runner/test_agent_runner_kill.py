@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests import forks
 from tests.runner.agent_kit import chain, function, write_agent
 
 CORE = Path(__file__).resolve().parents[2]
@@ -62,7 +63,7 @@ async def publish(checked):
 def start(folder: Path, command: str, hold: str = "") -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(CORE), "PYTHONWARNINGS": "error", "HOLD": hold}
     environment["XDG_DATA_HOME"] = str(folder / "data")
-    return subprocess.Popen(
+    return forks.Popen(
         [sys.executable, str(PROGRAM), str(folder), f"sqlite:///{folder}/runs.db", command],
         env=environment,
         stdin=subprocess.PIPE,

@@ -490,6 +490,20 @@ def test_a_name_that_is_taken_gets_the_servers_name_in_front(
     assert "tool 'add' is left out" in caplog.text
 
 
+def test_a_policy_for_a_tool_that_the_server_does_not_have_is_a_warning(
+    registry: ToolRegistry, shared_web: WebServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    policies = {"weather": "ask", "Shout": "fail", "no_such_thing": "rerun"}
+    assert registry.register_mcp_server(shared_web.entry(policies=policies)) == 14
+    shout, other = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "MCP server 'web': policies names a tool 'Shout' that it does not have" in shout
+    assert "'fail' counts for none; did you mean 'shout'?" in shout
+    assert "'no_such_thing'" in other
+    assert "its tools are add, fail," in other
+    tools = registry.get_tools()
+    assert (tools["weather"].policy, tools["shout"].policy, tools["shout"].effects) == ("ask", None, True)
+
+
 def test_an_mcp_servers_file_connects_all_that_work_and_warns_of_the_rest(
     registry: ToolRegistry, shared_web: WebServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

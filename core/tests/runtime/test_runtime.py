@@ -28,6 +28,7 @@ from framework.schemas.decision import DecisionType
 from framework.schemas.run import Run, RunStatus
 from framework.storage.backend import FileStorage, Storage
 from framework.storage.memory import MemoryStorage
+from framework.storage.records import NO_TOKEN
 
 Sink = list[dict[str, Any]]
 
@@ -39,10 +40,10 @@ class FailingStorage(MemoryStorage):
 
     failure: Exception | None = None
 
-    def save_run(self, run: Run) -> None:
+    def save_run(self, run: Run, token: int = NO_TOKEN) -> None:
         if self.failure is not None:
             raise self.failure
-        super().save_run(run)
+        super().save_run(run, token)
 
 
 @pytest.fixture

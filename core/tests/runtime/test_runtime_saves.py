@@ -19,6 +19,7 @@ from framework.graph.runtime_port import RuntimePort
 from framework.runtime import Runtime
 from framework.schemas.run import Run, RunStatus
 from framework.storage.memory import MemoryStorage
+from framework.storage.records import NO_TOKEN
 
 GOAL = Goal(id="goal", name="Goal", description="Do it.")
 OPTIONS = [{"id": "a", "description": "the one"}]
@@ -38,13 +39,13 @@ class Watched(MemoryStorage):
         self.threads.add(threading.get_ident())
         return super().load_run(run_id)
 
-    def save_run(self, run: Run) -> None:
+    def save_run(self, run: Run, token: int = NO_TOKEN) -> None:
         self.threads.add(threading.get_ident())
         if self.gate is not None:
             assert self.gate.wait(10)
         if self.failure is not None:
             raise self.failure
-        super().save_run(run)
+        super().save_run(run, token)
         self.saved.append(run.status)
 
 

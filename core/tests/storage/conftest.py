@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -20,6 +19,7 @@ from framework.storage.memory import MemoryStorage
 from framework.storage.postgres import PostgresStorage
 from framework.storage.sqlite import SQLiteStorage
 from framework.testing import StorageUnderTest
+from tests import forks
 from tests.postgres_server import PostgresServer
 
 Clock = Callable[[], float]
@@ -105,7 +105,7 @@ def python() -> Python:
     """A way to run a program in another process: gives what it printed, and fails unless it ends with ``code``."""
 
     def run(program: str, *arguments: object, env: dict[str, str] | None = None, code: int = 0) -> str:
-        done = subprocess.run(
+        done = forks.run(
             [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
             env={**os.environ, "PYTHONPATH": str(CORE), "PYTHONDONTWRITEBYTECODE": "1", **(env or {})},
             capture_output=True,

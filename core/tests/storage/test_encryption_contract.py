@@ -9,6 +9,7 @@ import pytest
 
 from framework.storage.backend import Storage
 from framework.storage.encryption import EncryptedStorage, KeyRing
+from framework.storage.memory import MemoryStorage
 from framework.testing import Check, StorageUnderTest, storage_checks
 from tests.storage.conftest import Clock
 
@@ -35,11 +36,27 @@ OF_STORED_BYTES = {"every_content_is_listed", "contents_are_replaced_where_uncha
 """What an encrypted store hands through to the one below, on which it is checked."""
 
 CHECKS = [check for check in storage_checks() if check.__name__ not in OF_STORED_BYTES]
+LARGE = "large_values_are_kept_or_refused"
+"""Takes seconds on each backend: over a store in memory always, over the others in the slow tests."""
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    "check",
+    [pytest.param(check, marks=pytest.mark.slow) if check.__name__ == LARGE else check for check in CHECKS],
+    ids=lambda check: check.__name__,
+)
 def test_contract(check: Check, encrypted: StorageUnderTest) -> None:
     check(encrypted)
+
+
+def test_large_values_are_kept_or_refused() -> None:
+    [check] = [check for check in CHECKS if check.__name__ == LARGE]
+
+    def new(clock: Clock) -> Storage:
+        return EncryptedStorage(MemoryStorage(clock=clock), KEYS)
+
+    with StorageUnderTest(new) as subject:
+        check(subject)
 
 
 def test_no_method_of_a_store_is_forgotten() -> None:

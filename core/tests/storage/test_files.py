@@ -18,7 +18,7 @@ from framework.schemas.checkpoint import Checkpoint, ExecutorType
 from framework.schemas.run import Run, RunState, RunStatus
 from framework.storage.chunks import Chunk
 from framework.storage.contract import ODD_IDS, Writer, accept, commit, growing_states, journal, new_run, state_at
-from framework.storage.file_io import dump_checked, file_name, load_checked, show, text_of, unshow, write_atomic
+from framework.storage.file_io import FORMAT, dump_checked, file_name, load_checked, show, text_of, unshow, write_atomic
 from framework.storage.file_journal import RunJournal
 from framework.storage.files import FileStorage
 from framework.storage.records import Retention
@@ -108,7 +108,8 @@ def test_nothing_is_written_outside(store: FileStorage, tmp_path: Path) -> None:
         assert store.delete_run(odd)
     assert not list((store.base_path / "checkpoints/by_run").iterdir())
     assert not list((store.base_path / "history").iterdir())
-    assert [path.name for path in (store.base_path / "locks").iterdir()] == ["~indexes.lock"]
+    locks = sorted(path.name for path in (store.base_path / "locks").iterdir())
+    assert locks == ["~definitions.lock", "~indexes.lock"]
 
 
 @settings(max_examples=200, deadline=None, database=None)
@@ -245,12 +246,12 @@ def test_a_renamed_checkpoint_is_not_taken(store: FileStorage) -> None:
 def test_a_newer_store_is_refused(store: FileStorage) -> None:
     marker = store.base_path / "store.json"
     content = load_checked(marker)
-    marker.write_bytes(dump_checked(content).replace(b'"format": 2', b'"format": 3'))
+    marker.write_bytes(dump_checked(content).replace(b'"format": %d' % FORMAT, b'"format": %d' % (FORMAT + 1)))
     with pytest.raises(CorruptData):
         FileStorage(store.base_path)
-    content["format"] = 3
+    content["format"] = FORMAT + 1
     marker.write_bytes(dump_checked(content))
-    with pytest.raises(StoreTooNew, match="format version 3"):
+    with pytest.raises(StoreTooNew, match=f"format version {FORMAT + 1}"):
         FileStorage(store.base_path)
 
 

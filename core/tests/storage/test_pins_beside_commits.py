@@ -119,7 +119,7 @@ class Bench:
 
 @pytest.mark.parametrize("at_once", [False, True], ids=["grouped", "at_once"])
 @pytest.mark.parametrize("keep", [1, 3], ids=["latest_only", "prune_old"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(actions=ACTIONS)
 def test_every_pinned_checkpoint_stays_as_it_was(keep: int, actions: list[tuple[str, Any]], at_once: bool) -> None:
     with TemporaryDirectory() as folder:

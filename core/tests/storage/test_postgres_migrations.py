@@ -12,6 +12,14 @@ import psycopg
 import pytest
 
 from framework.errors import StorageError, StoreTooNew
+from framework.graph.checkpoint_manager import CheckpointManager
+from framework.graph.edge import EdgeCondition, EdgeSpec, GraphSpec
+from framework.graph.executor import GraphExecutor
+from framework.graph.goal import Goal
+from framework.graph.node import NodeContext, NodeResult, NodeSpec
+from framework.graph.stored_run import read_stored
+from framework.runtime.core import Runtime
+from framework.schemas.checkpoint import CheckpointConfig
 from framework.schemas.run import RunState
 from framework.storage import postgres_schema as schema
 from framework.storage.backend import Storage
@@ -214,11 +222,76 @@ def test_channels_are_names(name: str) -> None:
 # --- SQLite ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_every_older_sqlite_file_is_migrated_when_it_is_opened(number: int, tmp_path: Path) -> None:
-    path = tmp_path / "runs.db"
+SQLITE = sorted(int(path.stem.rpartition("_")[2]) for path in FROZEN.glob("sqlite_*.sql"))
+
+
+def thawed(path: Path, number: int) -> Path:
+    """Make the SQLite store that a frozen file holds."""
     with closing(sqlite3.connect(path)) as connection:
         connection.executescript((FROZEN / f"sqlite_{number}.sql").read_text(encoding="utf-8"))
-    with SQLiteStorage(path) as store:
+    return path
+
+
+def test_every_version_of_sqlite_is_frozen() -> None:
+    assert list(range(1, len(MIGRATIONS) + 1)) == SQLITE
+
+
+@pytest.mark.parametrize("number", SQLITE)
+def test_every_older_sqlite_file_is_migrated_when_it_is_opened(number: int, tmp_path: Path) -> None:
+    with SQLiteStorage(thawed(tmp_path / "runs.db", number)) as store:
         check_and_go_on(store, messages=number >= 2, journal=number >= 3)
-    assert len(MIGRATIONS) >= 3
+
+
+class Counting:
+    """Appends the number of its visit."""
+
+    def validate_input(self, ctx: NodeContext) -> list[str]:
+        return []
+
+    async def execute(self, ctx: NodeContext) -> NodeResult:
+        number = (ctx.memory.read("n") or 0) + 1
+        return NodeResult(True, output={"n": number, "seen": [*(ctx.memory.read("seen") or []), number]})
+
+
+def counting(until: int) -> GraphSpec:
+    """The graph of the run that the files from version 5 on hold, which stopped at its limit of three steps."""
+    again = EdgeSpec(
+        id="again",
+        source="work",
+        target="work",
+        condition=EdgeCondition.CONDITIONAL,
+        condition_expr="n < 5",
+        input_mapping={"n": "n"},
+    )
+    return GraphSpec(
+        id="bench", goal_id="bench", entry_node="work", max_steps=until, nodes=[NodeSpec(id="work")], edges=[again]
+    )
+
+
+@pytest.mark.parametrize("number", [number for number in SQLITE if number >= 5])
+async def test_a_run_of_an_older_version_is_read_forked_and_goes_on(number: int, tmp_path: Path) -> None:
+    """Its rows of then and those added now are in different forms, of the log as well as of the checkpoints."""
+    with SQLiteStorage(thawed(tmp_path / "runs.db", number)) as store:
+        manager = CheckpointManager(store, CheckpointConfig(retention_strategy="all"))
+        first = store.load_checkpoint("counting", store.list_checkpoints("counting")[0].id)
+        assert first is not None
+        assert (first.step_number, first.next_node_id, first.memory_snapshot["seen"]) == (1, "work", [0, 1])
+        assert first.position["inputs"] == {"work#2": {"branch": "", "same": ["n", "seen"]}}
+        forked = manager.fork("counting", 2, new_run_id="forked")
+        for run_id, kept in (("counting", 3), (forked, 2)):
+            executor = GraphExecutor(
+                Runtime(tmp_path / "runs"), node_registry={"work": Counting()}, checkpoint_manager=manager
+            )
+            goal = Goal(id="bench", name="bench", description="measure")
+            result = await executor.execute(counting(5), goal, {"seen": [0]}, run_id=run_id)
+            assert (result.success, result.output["seen"]) == (True, [0, 1, 2, 3, 4, 5]), result.error
+            assert (result.steps_recovered, result.path) == (kept, ["work"] * 5)
+            found = read_stored(store, run_id)
+            assert [each["visit"] for each in found.records if each["kind"] == "step"] == [1, 2, 3, 4, 5]
+            assert found.damage == ()
+        assert store.verify().ok
+    with closing(sqlite3.connect(tmp_path / "runs.db")) as connection:
+        rows = connection.execute("SELECT record FROM steps WHERE run_pk = 2 ORDER BY sequence").fetchall()
+    steps = [row[0][:2] for row in rows if b"work" in row[0]]
+    assert steps[:3] == [b"[{" if number == 5 else b'["'] * 3, "what was written then is left as it was"
+    assert b'["' in steps[3:]

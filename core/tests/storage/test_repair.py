@@ -27,6 +27,7 @@ from framework.storage.repair import Finding, examine, repair
 from framework.storage.sqlite import SQLiteStorage
 from framework.storage.sqlite_commits import insert_chunks
 from framework.storage.sqlite_wal import lost_commits
+from tests import forks
 from tests.storage.conftest import make
 from tests.storage.test_encryption import BACKENDS, RING
 
@@ -300,7 +301,7 @@ def test_work_in_progress_is_no_damage(encrypted: bool, store: Storage) -> None:
     for thread in threads:
         thread.start()
     try:
-        found = [finding for _ in range(12) for finding in examine(whole).findings]
+        found = [finding for _ in range(4) for finding in examine(whole).findings]
     finally:
         stop.set()
         for thread in threads:
@@ -333,7 +334,7 @@ def test_another_process_writes_meanwhile(url: str, tmp_path: Path) -> None:
     url = url.format(tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", textwrap.dedent(WRITER), url]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
+    with forks.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
         try:
             assert child.stdout is not None
             assert child.stdout.readline() == "ready\n"

@@ -264,14 +264,18 @@ class StorageMachine(RuleBasedStateMachine):
             st.tuples(st.sampled_from(STEPS), st.integers(0, 3), st.sampled_from([b"", b'{"n":1}', b"\xff"]))
         ),
         stale=st.booleans(),
+        progress=st.booleans(),
     )
-    def write_journal(self, data: st.DataObject, rows: list[tuple[str, int, bytes]], stale: bool) -> None:
+    def write_journal(
+        self, data: st.DataObject, rows: list[tuple[str, int, bytes]], stale: bool, progress: bool
+    ) -> None:
         run_id = data.draw(st.sampled_from(sorted(self.runs)))
         run = self.runs[run_id]
         token = run.token + 1 if stale else run.token if run.owner is not None else 0
-        outcome = self.store.commit([journal(*rows, run_id=run_id, token=token)])[0]
+        outcome = self.store.commit([journal(*rows, run_id=run_id, token=token, progress=progress)])[0]
         assert (None if outcome is None else type(outcome)) is (LeaseLost if stale else None), outcome
         if not stale:
+            run.attempts = 0 if progress else run.attempts
             run.journal.update({(step, number): record for step, number, record in rows})
 
     @precondition(lambda self: self.runs)
@@ -428,7 +432,7 @@ def machine(name: str, request: pytest.FixtureRequest) -> type[StorageMachine]:
 
 @pytest.mark.parametrize("name", ["memory", "sqlite", "files", "postgresql"])
 def test_store_agrees_with_the_model(name: str, request: pytest.FixtureRequest) -> None:
-    few = settings(max_examples=12, stateful_step_count=25, deadline=None, database=None)
+    few = settings(max_examples=8, stateful_step_count=25, deadline=None, database=None)
     run_state_machine_as_test(machine(name, request), settings=few)
 
 

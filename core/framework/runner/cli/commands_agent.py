@@ -13,9 +13,13 @@ from framework.runner.cli.agents import Choices, Job, folder_of, load_agent
 from framework.runner.cli.app import Command, model_option
 from framework.runner.cli.exits import usage_error
 from framework.runner.cli.inputs import agent_folder, check_run_id, input_options, missing_input, read_input, with_user
+from framework.runner.cli.retention_options import chosen_policy, retention_option, swept
 from framework.runner.cli.settings import Settings, quiet_option
 from framework.runner.cli.stores import RESUMABLE, facts_of, find_run, open_store
 from framework.schemas.run import RunState
+
+_SIGNALLED = 128
+"""Exit codes from here on say that a signal stopped the command, and nobody waits for more."""
 
 
 def _budget(max_tokens: int | None, max_cost: float | None) -> RunBudget | None:
@@ -84,6 +88,7 @@ def _run_options(command: Any) -> Any:
 @click.argument("agent")
 @click.option("--run-id", metavar="ID", help="The run's id. One that exists goes on, or gives its result.")
 @click.option("--no-checkpoints", is_flag=True, help="Keep nothing: the run cannot be resumed or looked at.")
+@retention_option
 @_run_options
 @click.pass_obj
 def run(
@@ -91,6 +96,7 @@ def run(
     agent: str,
     run_id: str | None,
     no_checkpoints: bool,
+    retention: str | None,
     input_text: str | None,
     input_file: str | None,
     mock: bool,
@@ -108,8 +114,11 @@ def run(
     """
     if no_checkpoints and run_id is not None:
         raise usage_error("--run-id names a run to go on with, which --no-checkpoints does not keep; give one of them.")
+    if no_checkpoints and retention is not None:
+        raise usage_error("--retention is about the store, which --no-checkpoints does not use; give one of them.")
     if run_id is not None:
         check_run_id(run_id)
+    policy = None if no_checkpoints else chosen_policy(retention)
     budget = _budget(max_tokens, max_cost)
     choices = Choices(mock=mock, base_url=base_url, allow_change=allow_change)
     folder = agent_folder(agent)
@@ -134,7 +143,13 @@ def run(
             input=data,
             resume_words=choices.words(settings),
         )
-        return job.carry_out(lambda agent: agent.run(data, run_id=run_id, budget=budget))
+        if storage is None:
+            return job.carry_out(lambda agent: agent.run(data, run_id=run_id, budget=budget))
+        with swept(storage, policy) as sweeps:
+            code = job.carry_out(lambda agent: agent.run(data, run_id=run_id, budget=budget))
+            if sweeps is not None and code < _SIGNALLED:
+                sweeps.at_least_once()
+            return code
     finally:
         if storage is not None:
             storage.close()

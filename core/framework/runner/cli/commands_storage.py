@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from pathlib import Path
@@ -74,11 +75,11 @@ def keys(settings: Settings) -> int:
 def new_key(settings: Settings, file: Path, key_id: str | None) -> int:
     """Add a new random key to FILE, which is made when missing. It encrypts from now on, wherever the file is used.
 
-    ID is the key's name; without one it is the date, such as 2026-05-01.
+    ID is the key's name; without one it is the date, such as 2026-05-01, or 2026-05-01-2 for a second one of that day.
     """
     screen = settings.screen
     ring = KeyRing.from_file(file) if os.path.lexists(file) else None
-    name = key_id or time.strftime("%Y-%m-%d")
+    name = key_id or _of_today(ring)
     made = KeyRing([(name, os.urandom(32))]) if ring is None else ring.with_key(name)
     write_key_file(file, made)
     if screen.json:
@@ -90,6 +91,12 @@ def new_key(settings: Settings, file: Path, key_id: str | None) -> int:
         screen.note("Encrypt what older keys encrypt with it:")
         screen.note("  ", command_for(settings, "storage", "rotate-keys"), wrap=False)
     return Exit.DONE
+
+
+def _of_today(ring: KeyRing | None) -> str:
+    today = time.strftime("%Y-%m-%d")
+    names = itertools.chain([today], (f"{today}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if ring is None or name not in ring)
 
 
 @storage.command("drop-key", short_help="Remove a key that is not needed any more from a file.")
@@ -181,7 +188,11 @@ def _told(settings: Settings, done: Rotated, ring: KeyRing, counts: dict[str, in
             | {"damage": damage}
         )
         return Exit.FAILED if failed else Exit.DONE
-    screen.say(f"{counted(done.replaced, 'content')} of {counted(done.runs, 'run')} encrypted with key {ring.newest}.")
+    if done.replaced or older:
+        runs = counted(done.runs, "run")
+        screen.say(f"{counted(done.replaced, 'content')} of {runs} encrypted with key {ring.newest}.")
+    else:
+        screen.say(f"There is nothing to do: all contents are encrypted with key {ring.newest}.")
     for each in done.damage:
         screen.warning(f"not encrypted anew: {mask(each.problem)}")
     if older:

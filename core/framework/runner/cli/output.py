@@ -45,12 +45,13 @@ Cell = str | Styled
 @dataclass(frozen=True, slots=True)
 class Column:
     """A column of a table. In a terminal too narrow for all, those with the highest ``drop`` go first (0: never), and
-    those that ``grow`` are cut with an ellipsis."""
+    those that ``grow`` are cut with an ellipsis; ``middle``: there, for ids that differ at their ends."""
 
     title: str
     right: bool = False
     drop: int = 0
     grow: bool = False
+    middle: bool = False
 
 
 # By the values of RunState, whose module would bring pydantic along, and by what else is marked.
@@ -208,7 +209,7 @@ class Screen:
         for line in [header, *([row[index] for index in chosen] for row in texts)]:
             parts: list[Cell] = []
             for place, (index, cell) in enumerate(zip(chosen, line, strict=True)):
-                text = _cut(cell.text, widths[index], "…" if self.unicode else "~")
+                text = _cut(cell.text, widths[index], "…" if self.unicode else "~", middle=columns[index].middle)
                 space = " " * (widths[index] - width_of(text))
                 last = place == len(line) - 1
                 if columns[index].right:
@@ -429,13 +430,17 @@ def _fit(columns: Sequence[Column], widths: list[int], room: int) -> tuple[list[
     return chosen, widths
 
 
-def _cut(text: str, width: int, ellipsis: str) -> str:
+def _cut(text: str, width: int, ellipsis: str, *, middle: bool = False) -> str:
     text = " ".join(clean(text).split("\n"))
     if width_of(text) <= width:
         return text
-    while text and width_of(text) > width - 1:
+    end = ""
+    if middle:  # two thirds of it from the end, where ids have what tells them apart
+        while text and width_of(text[-1] + end) <= (width - 1) * 2 // 3:
+            text, end = text[:-1], text[-1] + end
+    while text and width_of(text) > width - 1 - width_of(end):
         text = text[:-1]
-    return text + ellipsis
+    return text + ellipsis + end
 
 
 def jsonable(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -15,16 +15,21 @@ from framework.runner.cli.app import Command
 from framework.runner.cli.confirming import agreed, consent_options
 from framework.runner.cli.exits import CommandError, Exit, usage_error
 from framework.runner.cli.output import Cell, Column, Screen, Styled
-from framework.runner.cli.retention_options import OPTIONS, chosen_policy, policy_of, policy_options
+from framework.runner.cli.retention_options import OPTIONS, chosen_policy, policy_of, policy_options, removed
 from framework.runner.cli.settings import Settings
 from framework.runner.cli.stores import all_runs, command_for, find_run, open_store
 from framework.runner.cli.text import ago, counted, size
 from framework.schemas.retention import RetentionPolicy
 from framework.storage.backend import Storage
 from framework.storage.records import Retention
-from framework.storage.retention_records import SweepReport
+from framework.storage.retention_records import Removed, SweepReport
+from framework.storage.sweeping import in_words
 
 _SHOWN = 10
+"""Runs shown by name for each rule."""
+
+_SHOWN_SECONDS = 0.1
+"""How often the line that says how far it is is written anew, at most."""
 
 
 @click.command("prune", cls=Command, short_help="Remove old checkpoints and finished runs.")
@@ -108,19 +113,19 @@ def _above(storage: Storage, run_id: str, keep: int) -> int:
 def _sweep(settings: Settings, policy: RetentionPolicy, *, yes: bool, dry_run: bool) -> int:
     screen = settings.screen
     with open_store(settings) as storage:
-        foretold = storage.sweep(policy, dry_run=True)
+        with _progress(screen, "Looking") as tell:
+            foretold = storage.sweep(policy, dry_run=True, on_progress=tell)
         done: SweepReport | None = None
         if foretold.runs or foretold.checkpoints:
             if not screen.json:
-                _preview(screen, foretold)
-            question = f"Remove {_words(foretold)} for good?"
+                _preview(screen, foretold, policy)
+            question = f"Remove {removed(foretold)} for good?"
             if agreed(settings, question, yes=yes, dry_run=dry_run):
-                with _progress(screen, foretold) as tell:
-                    done = storage.sweep(policy, on_progress=tell)
+                # Of the moment that was shown: no run gets too old while somebody thinks about it.
+                with _progress(screen, "Removing", foretold.runs) as tell:
+                    done = storage.sweep(policy, now=foretold.now, on_progress=tell)
         elif not dry_run:
-            done = storage.sweep(
-                policy
-            )  # an earlier sweep may have been interrupted, and there may be room to give back
+            done = _tidy(screen, storage, policy, foretold)
         usage = storage.usage()
     report = done if done is not None else foretold
     if screen.json:
@@ -132,30 +137,57 @@ def _sweep(settings: Settings, policy: RetentionPolicy, *, yes: bool, dry_run: b
     return Exit.DONE
 
 
-def _words(report: SweepReport) -> str:
-    parts = [counted(report.runs, "run")] if report.runs else []
-    parts += [counted(report.checkpoints, "old checkpoint")] if report.checkpoints else []
-    return " and ".join(parts) or "nothing"
+def _tidy(screen: Screen, storage: Storage, policy: RetentionPolicy, foretold: SweepReport) -> SweepReport:
+    """Finish a sweep that was interrupted and give free room back, and remove nothing else: nobody was asked."""
+    with _progress(screen, "Tidying up") as tell:
+        done = storage.sweep(RetentionPolicy(), on_progress=tell)
+    done.kept, done.kept_runs = foretold.kept, foretold.kept_runs
+    if policy.max_total_bytes is not None:
+        done.over_bytes = max(0, done.used_bytes_after - policy.max_total_bytes)
+    return done
 
 
-def _preview(screen: Screen, report: SweepReport) -> None:
-    now = time.time()
+def _preview(screen: Screen, report: SweepReport, policy: RetentionPolicy) -> None:
+    """The runs that would go, by the rule that takes them: said once, above those of them that went longest without a
+    change."""
+    for place, (rule, count) in enumerate(report.rules.items()):
+        if place:
+            screen.say("")
+        screen.say(Styled(f"{counted(count, 'run')}: {rule}", "bold"))
+        shown = [each for each in report.removed if each.why == rule][:_SHOWN]
+        if shown:
+            _table(screen, shown, report.now)
+        if count > len(shown):
+            screen.say(Styled(f"and {count - len(shown):,} more", "bright_black"))
+    if report.checkpoints and policy.max_age is not None:
+        if report.rules:
+            screen.say("")
+        words = f"{counted(report.checkpoints, 'checkpoint')} of runs that stay: older than {in_words(policy.max_age)}"
+        screen.say(Styled(words, "bold"))
+
+
+def _table(screen: Screen, shown: Sequence[Removed], now: float) -> None:
     columns = [
-        Column("run", grow=True),
+        Column("run", grow=True, middle=True),
         Column("state"),
+        Column("parts", right=True, drop=3),
         Column("last change", right=True, drop=2),
         Column("size", right=True, drop=1),
-        Column("why", grow=True, drop=3),
     ]
-    rows: list[list[Cell]] = []
-    for each in report.removed[:_SHOWN]:
-        state = screen.state(each.state.value)
-        name = each.run_id + (f" (+{counted(each.parts, 'part')})" if each.parts else "")
-        rows.append([name, state, ago(now - each.updated_at), size(each.bytes), each.why])
-    if rows:
-        screen.table(columns, rows)
-    if report.runs > len(rows):
-        screen.say(Styled(f"and {report.runs - len(rows):,} more", "bright_black"))
+    rows: list[list[Cell]] = [
+        [
+            each.run_id,
+            screen.state(each.state.value),
+            f"{each.parts:,}" if each.parts else "",
+            ago(now - each.updated_at),
+            size(each.bytes),
+        ]
+        for each in shown
+    ]
+    if not any(each.parts for each in shown):
+        columns.pop(2)
+        rows = [[*row[:2], *row[3:]] for row in rows]
+    screen.table(columns, rows)
 
 
 def _summary(settings: Settings, report: SweepReport, done: bool, stuck: int) -> None:
@@ -164,7 +196,7 @@ def _summary(settings: Settings, report: SweepReport, done: bool, stuck: int) ->
         screen.say("There is nothing to prune by these rules.")
     else:
         parts = f", with {counted(report.parts, 'part')}" if report.parts else ""
-        screen.say(f"{'Removed' if done else 'Would remove'} {_words(report)}{parts}.")
+        screen.say(f"{'Removed' if done else 'Would remove'} {removed(report)}{parts}.")
     after = report.used_bytes_after if done else max(0, report.used_bytes_after - report.freed_bytes)
     pairs: list[tuple[Cell, Cell]] = [
         ("store", f"{size(report.used_bytes_before)} before, {'' if done else 'about '}{size(after)} after"),
@@ -176,8 +208,9 @@ def _summary(settings: Settings, report: SweepReport, done: bool, stuck: int) ->
     screen.fields(pairs)
     if report.over_bytes:
         screen.warning(
-            f"the store {'holds' if done else 'would hold'} {size(report.over_bytes)} more than --max-total-bytes: the "
-            "rest is of runs that are unfinished or pinned, or room that a database needs."
+            f"the store {'holds' if done else 'would hold'} {size(report.over_bytes)} more than --max-total-bytes. "
+            "What runs take is estimated, and the next prune corrects it; runs that are unfinished or pinned stay, and "
+            "a database needs some room itself."
         )
     if stuck:
         screen.note(f"The file has {size(stuck)} of free room that it cannot give back in small steps. Once:")
@@ -185,17 +218,23 @@ def _summary(settings: Settings, report: SweepReport, done: bool, stuck: int) ->
 
 
 @contextmanager
-def _progress(screen: Screen, foretold: SweepReport) -> Iterator[Callable[[SweepReport], None] | None]:
-    """One line on the terminal that says how far it is, while it lasts."""
+def _progress(screen: Screen, doing: str, runs: int = 0) -> Iterator[Callable[[SweepReport], None] | None]:
+    """One line on the terminal that says how far it is, of so many ``runs`` if that is known, while it lasts."""
     if not screen.errors_to_terminal:
         yield None
         return
-    with screen.err.status("Removing ...") as line:
+    with screen.err.status(f"{doing} ...") as line:
+        shown = time.monotonic()
 
         def tell(report: SweepReport) -> None:
-            runs = f"{report.runs:,} of {counted(foretold.runs, 'run')}"
-            old = f", {counted(report.checkpoints, 'old checkpoint')}" if report.checkpoints else ""
-            back = f", {size(report.given_back_bytes)} given back" if report.given_back_bytes else ""
-            line.update(f"Removing: {runs}{old}{back}")
+            nonlocal shown
+            if time.monotonic() - shown < _SHOWN_SECONDS:
+                return
+            shown = time.monotonic()
+            parts = [f"{report.runs:,} of {counted(runs, 'run')}"] if runs else []
+            parts += [counted(report.runs, "run")] if report.runs and not runs else []
+            parts += [counted(report.checkpoints, "old checkpoint")] if report.checkpoints else []
+            parts += [f"{size(report.given_back_bytes)} given back"] if report.given_back_bytes else []
+            line.update(f"{doing}: {', '.join(parts) or '...'}")
 
         yield tell

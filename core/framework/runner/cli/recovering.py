@@ -23,15 +23,18 @@ from framework.runner.cli.exits import CommandError, Exit, message_of, usage_err
 from framework.runner.cli.inputs import agent_folder
 from framework.runner.cli.output import Column, Styled
 from framework.runner.cli.progress import tell_at_once
+from framework.runner.cli.retention_options import chosen_policy, policy_text, removed, retention_option, swept
 from framework.runner.cli.running import EVERY, Stopped, ended_by_agent, run_to_end
 from framework.runner.cli.settings import Settings
 from framework.runner.cli.stores import agent_of, command_for, facts_of, is_of_folder, open_store
 from framework.runner.cli.text import counted, shortened
 from framework.runner.recovery import INTERVAL_SECONDS, Worker
 from framework.schemas.checkpoint import CheckpointConfig, ExecutorType
+from framework.schemas.retention import RetentionPolicy
 from framework.schemas.run import RunState
 from framework.storage.backend import Storage
 from framework.storage.records import RunRecord
+from framework.storage.retention_records import SweepReport
 
 _ASKED = "it was asked to stop before its process ended"
 _TAKEN = "another process took it"
@@ -222,7 +225,8 @@ def _ended(run_id: str, agent: str | None, result: ExecutionResult) -> Recovered
     help="How often in a row a run goes on after its process vanished, with nothing finished in between; then it "
     "fails. Default: 5.",
 )
-@click.option("--dry-run", is_flag=True, help="Only list the runs that it would take up.")
+@retention_option
+@click.option("--dry-run", is_flag=True, help="Only list the runs that it would take up; nothing is removed either.")
 @click.pass_obj
 def recover(
     settings: Settings,
@@ -233,6 +237,7 @@ def recover(
     concurrency: int,
     failed: bool,
     max_attempts: int | None,
+    retention: str | None,
     dry_run: bool,
 ) -> int:
     """Find the runs whose process died, or that are due, and resume them after their last finished steps.
@@ -241,25 +246,30 @@ def recover(
     and those that were stopped, are left alone: `surefoot resume` goes on with those. One that was asked to stop
     (`surefoot runs cancel`) before its process died is cancelled instead, and one that has ended its process again and
     again fails. SIGTERM lets the runs that it has taken up go on to their next commit, within $SUREFOOT_GRACE_SECONDS
-    (5), Ctrl-C does not; either leaves them to the next process. Exit code 1 when a run could not be recovered, 3 when
+    (5), Ctrl-C does not; either leaves them to the next process. With --retention it removes finished runs as well:
+    with --watch about every ten minutes, else once. Exit code 1 when a run could not be recovered, 3 when
     one paused.
     """
     if watch and limit is not None:
         raise usage_error("--watch looks for ever, --limit ends after N runs: give one of them.")
     folder = agent_folder(agent) if agent is not None else None
+    policy = chosen_policy(retention)
     with open_store(settings, create=watch) as storage:
         found = _Recovery(settings, storage, folder, concurrency, failed, max_attempts)
         if dry_run:
             _show(settings, [found.foretell(run) for run in found.to_resume()[:limit]])
             return Exit.DONE
         if watch:
-            return _watch(settings, found, agent, interval)
+            return _watch(settings, found, agent, interval, policy, policy_text(retention))
         runs = found.to_resume()[:limit]
         results: list[Recovered] = []
         found.tell = results.append
         try:
-            with settings.screen.agent_prints_aside():
-                run_to_end(lambda: found.resume(runs), tell_at_once, leaving=EVERY)
+            with swept(storage, policy) as sweeps:
+                with settings.screen.agent_prints_aside():
+                    run_to_end(lambda: found.resume(runs), tell_at_once, leaving=EVERY)
+                if sweeps is not None:
+                    sweeps.at_least_once()
         except Stopped as stop:
             _show(settings, results)
             _tell_stop(settings, stop, results, agent)
@@ -268,11 +278,21 @@ def recover(
         return _code(results)
 
 
-def _watch(settings: Settings, work: _Recovery, agent: str | None, interval: float) -> int:
+def _watch(
+    settings: Settings,
+    work: _Recovery,
+    agent: str | None,
+    interval: float,
+    policy: RetentionPolicy | None,
+    rule: str,
+) -> int:
+    """``rule`` is what was written for the ``policy``."""
     screen = settings.screen
     kinds = "crashed, due and failed runs" if work.failed else "crashed and due runs"
     at_once = f", {work.concurrency} at once" if work.concurrency > 1 else ""
     screen.note(f"Looking for {kinds} every {interval:g} s{at_once}. Ctrl-C ends this.")
+    if policy is not None and not policy.is_empty:
+        screen.note(f"Finished runs are removed by {rule}.")
     left: list[Recovered] = []
     seen: deque[Recovered] = deque(maxlen=_MOST_SHOWN)
     told: dict[str, Recovered] = {}
@@ -296,6 +316,10 @@ def _watch(settings: Settings, work: _Recovery, agent: str | None, interval: flo
         else:
             screen.warning(f"{text} Asking again, ever less often, until it answers.")
 
+    def swept_once(report: SweepReport) -> None:
+        if what := removed(report):
+            screen.note(f"Retention removed {what}.")
+
     work.tell = tell
     worker = Worker(
         work.storage,
@@ -309,7 +333,7 @@ def _watch(settings: Settings, work: _Recovery, agent: str | None, interval: flo
         is_missed=lambda found: (found.result or found).outcome in _NOT_TAKEN_UP,
     )
     try:
-        with screen.agent_prints_aside():
+        with swept(work.storage, policy, swept_once), screen.agent_prints_aside():
             run_to_end(worker.run, tell_at_once, leaving=EVERY)
     except Stopped as stop:
         if screen.json:
@@ -347,7 +371,6 @@ def _show(settings: Settings, results: Collection[Recovered]) -> None:
             Column("agent", drop=1),
             Column("steps", right=True, drop=2),
             Column("kept", right=True, drop=3),
-            Column("problem", grow=True),
         ]
         rows = [
             (
@@ -356,11 +379,13 @@ def _show(settings: Settings, results: Collection[Recovered]) -> None:
                 each.agent or "-",
                 str(each.steps_executed),
                 str(each.steps_recovered),
-                shortened(each.error or "", 300),
             )
             for each in results
         ]
         screen.table(columns, rows)
+        for each in results:
+            if each.error:
+                screen.say(Styled(f"{each.run_id}: ", "bold"), each.error)
         screen.note(f"{counted(len(results), 'run')}.")
 
 

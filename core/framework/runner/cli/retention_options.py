@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from framework.errors import SurefootError
 from framework.runner.cli.exits import usage_error
+from framework.runner.cli.text import counted
 from framework.schemas.retention import RetentionPolicy
 from framework.storage.backend import Storage
+from framework.storage.retention_records import SweepReport
+
+if TYPE_CHECKING:
+    from framework.storage.sweeping_background import Sweeping
+
+logger = logging.getLogger(__name__)
 
 RETENTION_VARIABLE = "SUREFOOT_RETENTION"
 """Environment variable with the policy that commands use when they are told no other."""
@@ -26,6 +36,9 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "unfinished_max_age": ("AGE", "Paused and crashed runs without any change for AGE go, too."),
 }
 """The options of a policy: what they are given, and their help."""
+
+LAST_SWEEP_SECONDS = 5.0
+"""How long a command that ended before its first sweep sweeps at its end, at most; the next one goes on."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -54,15 +67,15 @@ def retention_option(command: _F) -> _F:
     return click.option(
         "--retention",
         metavar="POLICY",
-        help="Remove finished runs in the background, such as max_age=30d,max_total_bytes=2GB,keep_completed=100. "
-        f"Default: ${RETENTION_VARIABLE}, else nothing is removed.",
+        help="Meanwhile remove finished runs from the store, such as max_age=30d,max_total_bytes=2GB,"
+        f"keep_completed=100. Default: ${RETENTION_VARIABLE}, else nothing is removed.",
     )(command)
 
 
 def chosen_policy(text: str | None) -> RetentionPolicy | None:
     """The policy of ``--retention``, else of the environment, else ``None``. Raises ``CommandError`` (usage)."""
     where = "--retention" if text is not None else f"${RETENTION_VARIABLE}"
-    chosen = text if text is not None else os.environ.get(RETENTION_VARIABLE, "").strip()
+    chosen = policy_text(text)
     if text is None and not chosen:
         return None
     try:
@@ -71,13 +84,52 @@ def chosen_policy(text: str | None) -> RetentionPolicy | None:
         raise usage_error(str(error)) from None
 
 
+def policy_text(text: str | None) -> str:
+    """What was written for the policy: ``--retention``, else the environment's; ``""`` for neither."""
+    return text if text is not None else os.environ.get(RETENTION_VARIABLE, "").strip()
+
+
+class Swept:
+    """The sweeps beside a command; see ``swept``."""
+
+    def __init__(self, storage: Storage, policy: RetentionPolicy, sweeping: Sweeping) -> None:
+        self._storage = storage
+        self._policy = policy
+        self._sweeping = sweeping
+
+    def at_least_once(self) -> None:
+        """Sweep now, for ``LAST_SWEEP_SECONDS`` at most, unless it was done: a command that is called again and again
+        and ends each time before its first sweep would never make one. A failure is logged."""
+        if not self._sweeping.stop() or self._sweeping.last is not None:
+            return
+        stop = threading.Event()
+        timer = threading.Timer(LAST_SWEEP_SECONDS, stop.set)
+        timer.daemon = True
+        timer.start()
+        try:
+            self._storage.sweep(self._policy, stop=stop)
+        except SurefootError as error:
+            logger.warning("The store was not swept: %s", error)
+        finally:
+            timer.cancel()
+
+
 @contextmanager
-def swept(storage: Storage, policy: RetentionPolicy | None) -> Iterator[None]:
-    """Sweep ``storage`` in the background while the block runs; nothing without a policy."""
+def swept(
+    storage: Storage, policy: RetentionPolicy | None, on_sweep: Callable[[SweepReport], None] | None = None
+) -> Iterator[Swept | None]:
+    """Sweep ``storage`` in the background while the block runs, telling ``on_sweep``; nothing without a policy."""
     if policy is None or policy.is_empty:
-        yield
+        yield None
         return
     from framework.storage.sweeping_background import start_sweeping  # noqa: PLC0415 - only for who sweeps
 
-    with start_sweeping(storage, policy):
-        yield
+    with start_sweeping(storage, policy, on_sweep=on_sweep) as sweeping:
+        yield Swept(storage, policy, sweeping)
+
+
+def removed(report: SweepReport) -> str:
+    """What a sweep removed, in words; ``""`` for nothing."""
+    parts = [counted(report.runs, "run")] if report.runs else []
+    parts += [counted(report.checkpoints, "old checkpoint")] if report.checkpoints else []
+    return " and ".join(parts)

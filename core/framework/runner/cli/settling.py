@@ -8,12 +8,14 @@ from typing import Any
 import click
 
 from framework.graph.checkpoint_manager import CheckpointManager
+from framework.graph.journal_answers import part_that_waits
 from framework.graph.journal_slots import QUESTION
 from framework.runner.cli.app import Command
 from framework.runner.cli.exits import CommandError, Exit, not_found, usage_error
 from framework.runner.cli.settings import Settings
 from framework.runner.cli.stores import RESUMABLE, command_for, find_run, open_store
 from framework.schemas.run import RunState
+from framework.storage.backend import Storage
 from framework.storage.records import RunRecord
 
 
@@ -35,8 +37,12 @@ def settle(settings: Settings, run_id: str, call: str, done: str | None, redo: b
     screen = settings.screen
     with open_store(settings) as storage:
         record = find_run(storage, run_id, latest=RESUMABLE)
+        whole = _whole(storage, record)
         manager = CheckpointManager(storage)
         calls = {each.id: each for each in manager.journal(record.run_id)}
+        if call not in calls and (part := part_that_waits(storage, record.run_id, call)) is not None:
+            record = find_run(storage, part)  # of a sub-graph that the run waits with
+            calls = {each.id: each for each in manager.journal(part)}
         if call not in calls:
             unknown = [each.id for each in calls.values() if each.state in ("unknown", "running")]
             listing = f"Those with an unknown effect: {', '.join(unknown)}." if unknown else "No effect is unknown."
@@ -45,7 +51,7 @@ def settle(settings: Settings, run_id: str, call: str, done: str | None, redo: b
             _refuse_running(record)
         manager.settle(record.run_id, call, **given)
     action = next(name for name, each in given.items() if name == "done" or each)
-    _tell(settings, record.run_id, {"call": call, "action": action}, f"{call} is settled: {action}.")
+    _tell(settings, record.run_id, {"call": call, "action": action}, f"{call} is settled: {action}.", whole=whole)
     if action == "redo":
         screen.note(f"It is made again with the idempotency key {calls[call].key}")
     return Exit.DONE
@@ -81,7 +87,9 @@ def send(settings: Settings, run_id: str, name: str, value: str, occurrence: int
     with open_store(settings) as storage:
         record = find_run(storage, run_id, latest=(*RESUMABLE, RunState.RUNNING))
         CheckpointManager(storage).send(record.run_id, name, given, occurrence=occurrence)
-    _tell(settings, record.run_id, {"name": name}, f"{name} was sent.", running=record.state is RunState.RUNNING)
+        whole = _whole(storage, record)
+    running = whole.state is RunState.RUNNING
+    _tell(settings, record.run_id, {"name": name}, f"{name} was sent.", whole=whole, running=running)
     return Exit.DONE
 
 
@@ -95,9 +103,18 @@ def _value(text: str, where: str) -> Any:
         ) from None
 
 
-def _tell(settings: Settings, run_id: str, facts: dict[str, Any], text: str, *, running: bool = False) -> None:
+def _whole(storage: Storage, record: RunRecord) -> RunRecord:
+    """The run that a part, such as that of a plan's sub-graph, is resumed with."""
+    while record.parent_run_id is not None and storage.find_run(record.parent_run_id) is not None:
+        record = find_run(storage, record.parent_run_id)
+    return record
+
+
+def _tell(
+    settings: Settings, run_id: str, facts: dict[str, Any], text: str, *, whole: RunRecord, running: bool = False
+) -> None:
     screen = settings.screen
-    command = None if running else command_for(settings, "resume", run_id)
+    command = None if running else command_for(settings, "resume", whole.run_id)
     if screen.json:
         screen.document({"run_id": run_id, **facts, "resume_command": command})
         return

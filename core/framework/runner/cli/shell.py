@@ -19,6 +19,7 @@ from framework.runner.cli.dispatching import choose
 from framework.runner.cli.exits import Exit, message_of, not_found, usage_error
 from framework.runner.cli.inputs import agent_folder, parse_object, parse_pair, with_user
 from framework.runner.cli.output import Column, Styled
+from framework.runner.cli.retention_options import chosen_policy, retention_option, swept
 from framework.runner.cli.running import Loop
 from framework.runner.cli.settings import Settings
 from framework.runner.cli.stores import open_store
@@ -242,6 +243,7 @@ def _pick(settings: Settings, directory: Path) -> Path:
 @model_option()
 @click.option("--base-url", metavar="URL", help="An OpenAI-compatible endpoint to use instead of the vendor's.")
 @click.option("--mock", is_flag=True, help="Fill every output with made-up values; no model is asked.")
+@retention_option
 @click.pass_obj
 def shell(
     settings: Settings,
@@ -251,6 +253,7 @@ def shell(
     no_approve: bool,
     base_url: str | None,
     mock: bool,
+    retention: str | None,
 ) -> int:
     """Talk to an AGENT line by line. A run that pauses takes the next line as its answer.
 
@@ -260,6 +263,7 @@ def shell(
         raise usage_error("The shell is for people; for JSON use surefoot run AGENT -o json.")
     if multi and agent is not None:
         raise usage_error("--multi chooses the agent for each line; leave AGENT out, or --multi.")
+    policy = chosen_policy(retention)
     directory = Path(agents_dir).expanduser()
     if multi:
         agents_in(directory)
@@ -269,6 +273,6 @@ def shell(
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # line editing and history, where the system has it
             import readline  # noqa: F401, PLC0415
-    with open_store(settings, create=True) as storage:
+    with open_store(settings, create=True) as storage, swept(storage, policy):
         _Shell(settings, storage, folder, directory, Choices(mock=mock, base_url=base_url), not no_approve).talk()
     return Exit.DONE

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import click
@@ -13,11 +15,12 @@ from framework.errors import CorruptData
 from framework.runner.cli.app import Command
 from framework.runner.cli.confirming import agreed, consent_options
 from framework.runner.cli.exits import Exit, usage_error
-from framework.runner.cli.output import Cell, Column, Screen, Styled
+from framework.runner.cli.output import Screen, Styled
 from framework.runner.cli.settings import Settings
 from framework.runner.cli.stores import command_for, file_of, find_run, open_store, storage_url
 from framework.runner.cli.text import counted
 from framework.storage.backend import Storage
+from framework.storage.records import Damage
 from framework.storage.repair import Examined, Finding, Repaired, examine, repair
 from framework.storage.sqlite_wal import lost_commits
 
@@ -25,6 +28,9 @@ KEEP_LOG = (
     "Opening the store would drop those commits for good: copy the file with its -wal and -shm elsewhere first. Then "
     "any other command opens it without them."
 )
+
+_MOST_PLACES = 5
+"""Places with the same damage that are named; a run may have thousands."""
 
 
 @click.command("verify", cls=Command, short_help="Read everything, say what is wrong, mend what is safe.")
@@ -94,8 +100,10 @@ def _show(settings: Settings, found: Examined, unreadable: Sequence[str]) -> Non
         screen.say(words, Styled("nothing is damaged", "green"), ".")
     else:
         screen.say(words, Styled(f"{counted(len(report.damage), 'place')} damaged", "bold red"), ".")
-        rows: list[list[Cell]] = [[each.run_id, each.where, mask(each.problem)] for each in report.damage]
-        screen.table([Column("run", grow=True), Column("where", grow=True), Column("problem", grow=True)], rows)
+        for run_id, places in groupby(report.damage, key=attrgetter("run_id")):
+            screen.say(Styled(f"  {run_id}", "bold red"))
+            for problem, same in groupby(places, key=lambda each: mask(each.problem)):
+                screen.fields([("", f"{_listed([_place(each) for each in same])}: {problem}")], indent=2, width=2)
         if unreadable:
             screen.note("The records of these runs cannot be read; restore the store from a backup, or delete them:")
             screen.note("  ", command_for(settings, "runs", "delete", *unreadable), wrap=False)
@@ -103,6 +111,18 @@ def _show(settings: Settings, found: Examined, unreadable: Sequence[str]) -> Non
             screen.note("`surefoot runs show RUN` says what a resume would do in spite of the damage.")
     for kind, title in (("stray", "Of no use to any run"), ("lease", "Leases")):
         _section(screen, title, [each for each in found.findings if each.kind == kind])
+
+
+def _place(damage: Damage) -> str:
+    """Where it is, with checkpoints by number, as other commands take them."""
+    is_checkpoint = damage.where.startswith("checkpoint ") and damage.sequence is not None
+    return f"checkpoint {damage.sequence}" if is_checkpoint else damage.where
+
+
+def _listed(places: Sequence[str]) -> str:
+    """The places, or of many the first ones and how many more there are."""
+    shown = ", ".join(places[:_MOST_PLACES])
+    return shown if len(places) <= _MOST_PLACES else f"{shown} and {len(places) - _MOST_PLACES} more"
 
 
 def _section(screen: Screen, title: str, findings: Sequence[Finding]) -> None:

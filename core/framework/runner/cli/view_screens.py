@@ -232,6 +232,11 @@ def _detail(call: CallView, *, full: bool) -> str:
 
 def waits_in_words(waiting: Waiting) -> str:
     """What the run waits for, for a line after "waits for"."""
+    words = _waits_in_words(waiting)
+    return f"{words} (run {waiting.run})" if waiting.run is not None else words
+
+
+def _waits_in_words(waiting: Waiting) -> str:
     until = f" until {clock_time(waiting.until)}" if waiting.until is not None else ""
     match waiting.kind:
         case "approval":
@@ -257,9 +262,14 @@ def answer_commands(settings: Settings, view: RunView) -> list[str]:
     if view.resume.verdict in ("nothing", "busy", "refused"):
         return []
     waits = [each for each in view.resume.waiting if each.kind in ("signal", "answer") and each.name is not None]
-    sends = [_send_command(settings, view.run_id, each) for each in waits]
+    sends = [_send_command(settings, each.run or view.run_id, each) for each in waits]
     settles = [
         command_for(settings, "runs", "settle", view.run_id, call, "--done", "<JSON>") for call in view.resume.unknown
+    ]
+    settles += [
+        command_for(settings, "runs", "settle", each.run, each.name or "", "--done", "<JSON>")
+        for each in view.resume.waiting
+        if each.kind == "settle" and each.run is not None
     ]
     return sends + settles
 
@@ -296,7 +306,8 @@ def _resume(settings: Settings, view: RunView) -> None:
     lines += [("changed", line) for line in resume.changes]
     lines += [("note", mask(line)) for line in resume.notes]
     screen.fields(lines)
-    show_answers(screen, answer_commands(settings, view), settles=bool(resume.unknown))
+    settles = bool(resume.unknown) or any(each.kind == "settle" for each in resume.waiting)
+    show_answers(screen, answer_commands(settings, view), settles=settles)
     command = next_command(settings, view)
     if command is not None:
         screen.say()
