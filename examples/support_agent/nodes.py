@@ -41,14 +41,17 @@ def propose(order: dict[str, Any]) -> dict[str, Any]:
 
 @node_function("pay_back")
 def pay_back(order: dict[str, Any], refund: float) -> dict[str, Any]:
-    """Write a payment order. Its file is named after what it is for: a second one would be the same file, not a second
-    payment. A payment service takes such a name as its idempotency key."""
+    """Write a payment order. It is named after what it is for, and asked for twice, as after a kill between the payment
+    and its checkpoint, it is paid once. A payment service takes such a name as its idempotency key."""
     key = f"refund-{order['id']}"
     path = _outbox() / f"{key}.json"
     receipt = {"key": key, "euros": refund, "to": order["customer"]}
     path.write_text(json.dumps(receipt), encoding="utf-8")
-    with (_outbox() / "payments.log").open("a", encoding="utf-8") as log:
-        log.write(f"{key} {refund}\n")
+    with (_outbox() / "payments.log").open("a+", encoding="utf-8") as log:
+        log.seek(0)
+        paid = f"{key} {refund}\n"
+        if paid not in log.readlines():
+            log.write(paid)
     return {"receipt": receipt, "decision": f"We pay {refund} euros back."}
 
 
