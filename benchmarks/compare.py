@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sqlite3
 import statistics
 import subprocess
@@ -79,6 +80,13 @@ class Session:
         if who.group != "peer":
             self.failures.append(str(error))
 
+    def fail_start(self, what: str, error: Exception, *, is_own: bool) -> None:
+        """Note that a program could not be started for its time; its other times go."""
+        self.starts.pop(what, None)
+        self.left_out.append(f"{what}: {error}")
+        if is_own:
+            self.failures.append(f"{what}: {error}")
+
     def chosen(self, participant: str, workload: str, steps: int | None = None) -> list[Sample]:
         """The samples of one cell."""
         return [
@@ -97,6 +105,30 @@ class Session:
         return statistics.median(getattr(each, what) for each in samples)
 
 
+def _ended(command: list[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end. One that takes too long is stopped with all that it started, as ``strace`` does."""
+    try:
+        running = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, start_new_session=True
+        )
+    except OSError as error:
+        raise WorkloadError(f"it cannot be started: {error}") from None
+    try:
+        out, err = running.communicate(timeout=_LONGEST_SECONDS)
+    except BaseException as error:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise WorkloadError(f"it was stopped after {_LONGEST_SECONDS} s") from None
+        raise
+    return subprocess.CompletedProcess(command, running.returncode, out, err)
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    return (done.stderr.strip() or done.stdout.strip() or "nothing was printed").splitlines()[-1]
+
+
 class Bench:
     """Runs programs and keeps what they say."""
 
@@ -107,6 +139,7 @@ class Bench:
         self._server = server
         self._ends = ends
         self._number = 0
+        self._failed_starts: set[str] = set()
 
     def is_over(self) -> bool:
         """Whether the time for repeats is used up."""
@@ -122,7 +155,10 @@ class Bench:
             if url is not None:
                 line["stored"] = self._size(url)
                 line["written"] = self._wal(url) - before
-            kept = {key: line[key] for key in ("seconds", "units", "stored", "written")}
+            try:
+                kept = {key: line[key] for key in ("seconds", "units", "stored", "written")}
+            except (KeyError, TypeError):
+                raise WorkloadError(f"{workload} printed what is no result: {line!r}") from None
             self._session.samples.append(Sample(who.name, workload, steps, runs, **kept))
 
     def count_fsyncs(self, who: Participant) -> None:
@@ -138,21 +174,33 @@ class Bench:
     def time_starts(self) -> None:
         """Whole processes: what an import adds to an empty program, and ``--help``."""
         for environment, package in IMPORTS.items():
-            if environment not in self._pythons:
-                continue
-            python = str(self._pythons[environment])
-            empty, full = self._whole([python, "-c", "pass"]), self._whole([python, "-c", f"import {package}"])
-            self._session.starts.setdefault(f"import {package}", []).append(full - empty)
+            if environment in self._pythons:
+                python = str(self._pythons[environment])
+                programs = [[python, "-c", "pass"], [python, "-c", f"import {package}"]]
+                self._time_start(environment, f"import {package}", programs)
         for environment, command in COMMANDS.items():
-            if environment not in self._pythons:
-                continue
-            path = self._pythons[environment].parent / command
-            self._session.starts.setdefault(f"{command} --help", []).append(self._whole([str(path), "--help"]))
+            if environment in self._pythons:
+                path = self._pythons[environment].parent / command
+                self._time_start(environment, f"{command} --help", [[str(path), "--help"]])
+
+    def _time_start(self, environment: str, what: str, programs: list[list[str]]) -> None:
+        """Seconds of the last of the programs over those of the others; one that failed is not tried again."""
+        if what in self._failed_starts:
+            return
+        try:
+            *others, last = [self._whole(program) for program in programs]
+        except WorkloadError as error:
+            self._failed_starts.add(what)
+            self._session.fail_start(what, error, is_own=environment == OWN)
+        else:
+            self._session.starts.setdefault(what, []).append(last - sum(others))
 
     @staticmethod
     def _whole(command: list[str]) -> float:
         began = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        done = _ended(command)
+        if done.returncode:
+            raise WorkloadError(f"it ended with {done.returncode}: {_last_line(done)}")
         return time.perf_counter() - began
 
     def _run(
@@ -163,14 +211,12 @@ class Bench:
         command += [part for option in who.options for part in ("--option", option)]
         command += ["--url", url] if url is not None else []
         try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=False, timeout=_LONGEST_SECONDS, cwd=folder
-            )
-        except subprocess.TimeoutExpired:
-            raise WorkloadError(f"{workload} was stopped after {_LONGEST_SECONDS} s") from None
+            done = _ended(command, folder)
+        except WorkloadError as error:
+            raise WorkloadError(f"{workload}: {error}") from None
         if done.returncode:
-            last = (done.stderr.strip() or done.stdout.strip() or "nothing was printed").splitlines()[-1]
-            raise WorkloadError(f"{workload} ended with {done.returncode}: {last}\n{done.stdout}{done.stderr}")
+            said = f"{_last_line(done)}\n{done.stdout}{done.stderr}"
+            raise WorkloadError(f"{workload} ended with {done.returncode}: {said}")
         try:
             line: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
         except (IndexError, ValueError):
@@ -381,7 +427,9 @@ def measure(repeats: int, minutes: float, only: list[str], out: Path) -> None:
         bench = Bench(session, Path(folder), pythons, server, began + minutes * 60)
         for _ in run_all(bench, session, repeats, chosen, say):
             session.facts["took"] = f"{(time.monotonic() - began) / 60:.0f} minutes, {repeats} repeats"
-            (out / "results.json").write_text(json.dumps(asdict(session), indent=1) + "\n")
+            written = out / "results.json.new"
+            written.write_text(json.dumps(asdict(session), indent=1) + "\n")
+            written.replace(out / "results.json")
     say("done")
     print(file=sys.stderr)
 

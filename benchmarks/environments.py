@@ -33,7 +33,10 @@ def python_of(environment: str, say: Callable[[str], None]) -> Path:
         return python
     say(f"installing {environment}")
     shutil.rmtree(folder, ignore_errors=True)
-    venv.create(folder, with_pip=True)
+    try:
+        venv.create(folder, with_pip=True)
+    except subprocess.CalledProcessError as error:
+        raise EnvironmentUnavailable(f"The environment of {environment} cannot be made: {error}") from None
     command = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--require-hashes"]
     done = subprocess.run([*command, "-r", PEERS / f"{environment}.lock"], capture_output=True, text=True, check=False)
     if done.returncode:

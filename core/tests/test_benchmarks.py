@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,53 @@ def test_what_one_participant_cannot_run_is_left_out_and_the_others_go_on() -> N
     assert not session.failures
     session.fail(named["surefoot"], "call", compare.WorkloadError("call ended with 1: no"))
     assert session.failures == ["call ended with 1: no"]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and has not ended; one that nobody has waited for has."""
+    try:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.usefixtures("on_path")
+def test_what_is_no_result_and_what_does_not_start_is_told_and_stopped_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare, participants = importlib.import_module("compare"), importlib.import_module("participants")
+    raw = next(who for who in participants.PARTICIPANTS if who.name == "raw SQLite")
+    session = compare.Session({})
+    bench = compare.Bench(session, tmp_path, {raw.environment: Path(sys.executable)}, None, 0)
+    program = tmp_path / "program.py"
+    monkeypatch.setattr(compare, "PEERS", tmp_path)
+    (tmp_path / raw.program).write_text("print('{\"seconds\": 1}')")
+    with pytest.raises(compare.WorkloadError, match="no result: {'seconds': 1}"):
+        bench.measure(raw, "small", 5)
+    monkeypatch.setattr(compare, "IMPORTS", {raw.environment: "nothing_of_this_name"})
+    monkeypatch.setattr(compare, "COMMANDS", {raw.environment: "nothing-of-this-name"})
+    bench.time_starts()
+    bench.time_starts()
+    missing, command = session.left_out
+    assert "No module named 'nothing_of_this_name'" in missing
+    assert "cannot be started" in command
+    assert not session.starts
+    # What runs too long is stopped with what it started, as a tracer its program.
+    program.write_text(
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'])\n"
+        "open('child', 'w').write(str(child.pid))\n"
+        "time.sleep(300)\n"
+    )
+    monkeypatch.setattr(compare, "_LONGEST_SECONDS", 1)
+    with pytest.raises(compare.WorkloadError, match="stopped after 1 s"):
+        compare._ended([sys.executable, str(program)], tmp_path)
+    if (tmp_path / "child").exists():  # on a machine so slow that it never came to it there is none
+        child = int((tmp_path / "child").read_text())
+        until = time.monotonic() + 20
+        while is_running(child):
+            assert time.monotonic() < until
+            time.sleep(0.01)
 
 
 @pytest.mark.usefixtures("on_path")
