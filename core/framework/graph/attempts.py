@@ -33,12 +33,14 @@ _values_of = attrgetter(*_NAMES)
 @dataclass(frozen=True, slots=True)
 class Visit:
     """What the attempts of a visit came to: the last result, what that attempt took (``last``), and what all attempts
-    of this process took (``spent``)."""
+    of this process took (``spent``). One that failed ``unsettled`` has an effect that is unknown, with the policy
+    ``fail``: the run ends there, as on any way on the effect would be forgotten."""
 
     result: NodeResult
     attempts: int
     last: Spent = NOTHING
     spent: Spent = NOTHING
+    unsettled: bool = False
 
     def also(self, spent: Spent) -> Visit:
         """With what was spent after the last attempt, such as by asking a model for the way on."""
@@ -115,7 +117,8 @@ async def run_visit(
 
     ``failed_before`` attempts were made by earlier processes. Writes of a failed attempt are taken back; changes it
     made inside containers are not (they are shared by reference). Cancellation passes through, writes taken back, and
-    so does `Suspended`. The journal of the last attempt is left open, for what follows a success.
+    so does `Suspended`, also after a last attempt that failed with an effect unknown. The journal of the last attempt
+    is left open, for what follows a success.
     An attempt is not begun while a thread of an earlier one of the same ``step`` (a key; None: of this visit) asks a
     model or runs a tool, so no effect overlaps with its own repetition.
     """
@@ -143,18 +146,30 @@ async def run_visit(
         spent = Spent.of_result(result)
         if journal is not None:
             spent = journal.of_attempt(spent)
-            if not result.success:
-                await journal.failed()
         total += spent
         if result.success:
             return Visit(result, attempt, spent, total)
         memory.roll_back(snapshot)
-        if attempt >= limit or not should_retry(spec, result):
+        last = attempt >= limit or not should_retry(spec, result)
+        if journal is not None:
+            try:
+                await journal.failed(last=last)
+            except UnknownEffect as error:
+                return Visit(_naming(error, result), attempt, spent, total, unsettled=True)
+        if last:
             return Visit(result, attempt, spent, total)
         delay = delay_before(spec, attempt + 1, chance(), result.retry_after)
         await on_failed(FailedAttempt(attempt, result.error or "no reason given", spent, delay))
         await asyncio.sleep(delay)
         attempt += 1
+
+
+def _naming(unknown: UnknownEffect, result: NodeResult) -> NodeResult:
+    """The failed result with the call whose effect is unknown, first: nothing goes on before that is known."""
+    found = failed_result(unknown)
+    if result.error and result.error != found.error:
+        found.error = f"{found.error} The attempt ended with: {result.error}"
+    return found
 
 
 async def _invalid(implementation: Any, ctx: NodeContext) -> list[str]:

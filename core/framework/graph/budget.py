@@ -107,18 +107,19 @@ class BudgetGate:
     Nothing is refused while questions are in flight, so that what they come to is recorded. A question inside
     another one (by a tool of a provider that does not give one turn at a time) belongs to that one and never waits.
     ``whole`` is the account of a run that is a part of another: a question has to fit into what both have left.
+    ``unpriced`` is a model that the run has asked, in this process or before, and whose price is not known.
     """
 
     run_id: str
     budget: RunBudget
     totals: Callable[[], Spent]
     whole: PartAccount | None = None
+    unpriced: str | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _out: dict[object, Estimate] = field(default_factory=dict)
     _waiting: list[Room] = field(default_factory=list)
     _most: Spent | None = None
     _dearest: float | None = None
-    _unpriced: str | None = None
 
     def enter(
         self, characters: int, max_tokens: int | None, inside: bool
@@ -183,8 +184,8 @@ class BudgetGate:
         if alone or inside:
             if problem is not None:
                 raise BudgetExceeded(self.run_id, problem)
-            if self._unpriced is not None and self.budget.max_cost is not None:
-                raise CostUnknown(self.run_id, self._unpriced, self.budget.max_cost)
+            if self.unpriced is not None and self.budget.max_cost is not None:
+                raise CostUnknown(self.run_id, self.unpriced, self.budget.max_cost)
             return True
         if problem is not None:
             return False
@@ -216,7 +217,7 @@ class BudgetGate:
                 # Output costs more than input: what a question takes at most, at the dearest rate seen.
                 self._dearest = max(self._dearest or 0.0, taken.cost / taken.tokens)
             if unpriced is not None:
-                self._unpriced = unpriced
+                self.unpriced = unpriced
         if self.whole is not None:
             self.whole.saw(taken, unpriced)
 

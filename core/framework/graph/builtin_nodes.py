@@ -12,6 +12,7 @@ from framework._secrets import mask
 from framework.errors import LLMError
 from framework.graph.attempts import should_retry
 from framework.graph.calls import KEY, policy_for, takes_key, tool_takes_key
+from framework.graph.journal_lanes import whole_step
 from framework.graph.json_reply import parse_json_object
 from framework.graph.node_base import NodeContext, NodeProtocol, NodeResult, is_infrastructure_error
 from framework.graph.node_errors import failed_result
@@ -67,8 +68,9 @@ class FunctionNode(NodeProtocol):
             from framework.graph.journal_calls import call_function  # noqa: PLC0415 - it needs the stores' modules
 
             return await call_function(ctx.journal, ctx.node_id, self.func, arguments, self.policy)
-        value = self.func(**arguments)
-        return await value if inspect.isawaitable(value) else value
+        with whole_step(ctx.idempotency_key):
+            value = self.func(**arguments)
+            return await value if inspect.isawaitable(value) else value
 
     def _arguments(self, ctx: NodeContext) -> dict[str, Any]:
         if not ctx.node_spec.input_keys:

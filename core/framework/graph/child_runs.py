@@ -21,6 +21,9 @@ from framework.storage import checkpoints as stored
 from framework.storage.interface import Storage
 from framework.storage.records import CheckpointRow
 
+_PAUSED_AT_END = ("arriving", "ending", "passing")
+"""How branches stand that paused after their last step."""
+
 
 @dataclass(frozen=True, slots=True)
 class PausedPart:
@@ -48,13 +51,39 @@ def paused_part(storage: Storage, run_id: str, now: float) -> PausedPart | None:
     if row is None or row.sequence > run.sequence:
         return None  # it went on in between
     waits = part_waits(body, run_id)
-    position: Mapping[str, Any] = body.get("position") or {}
-    suspended = position.get("waits") or {}
-    asked = [step for step in (planner.Step(*each) for each in position.get("held", ())) if step.key not in suspended]
-    if asked or not waits:
-        at = str(position.get("paused_at") or run_id)
-        waits = (*waits, Waiting("input", row.checkpoint_id, at, run=run_id))
+    asked = _asked_at(storage, run_id, body)
+    if asked is not None or not waits:
+        waits = (*waits, Waiting("input", row.checkpoint_id, asked or run_id, run=run_id))
     return PausedPart(waits, is_over(storage, run_id, waits, now))
+
+
+def _asked_at(storage: Storage, run_id: str, body: Mapping[str, Any]) -> str | None:
+    """The node at which a run with the checkpoint ``body`` asks a person; ``None`` when it only waits for others."""
+    plain: Mapping[str, Any] = body.get("position") or {}
+    suspended = plain.get("waits") or {}
+    position = planner.from_json(plain) if plain else planner.Position()
+    asked = [step for step in position.held if step.key not in suspended]
+    ending = [branch.id for branch in position.branches.values() if branch.status in _PAUSED_AT_END]
+    if not suspended:  # then all that is held is
+        return position.paused_at
+    if not asked and not ending:
+        return None
+    # Where the run paused first may be where another branch waits. The node that asks is held itself, or its branch, or
+    # that around, did nothing after it.
+    records = [record for logged in storage.read_log(run_id) for record in stored.plain_records(logged)]
+    holding = {record.get("step") for record in records if record.get("kind") == "wait" and not record.get("for")}
+    last = {str(record.get("branch") or ""): str(record["node"]) for record in records if record.get("kind") == "step"}
+    nodes = [step.node_id for step in asked if step.key in holding]
+    for branch in (*(step.branch for step in asked if step.key not in holding), *ending):
+        while branch and branch not in last:
+            branch = position.branches[branch].parent
+        nodes.append(last.get(branch) or position.paused_at or run_id)
+    return min(nodes)
+
+
+def cancelled_part(run_id: str) -> Waiting:
+    """What a step waits for whose part somebody cancelled: for a person who calls the whole."""
+    return Waiting("input", run_id, run_id, run=run_id, question="was cancelled; it goes on when the plan is called")
 
 
 def _newest(storage: Storage, run_id: str) -> tuple[CheckpointRow | None, Mapping[str, Any]]:

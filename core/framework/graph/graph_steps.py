@@ -70,6 +70,8 @@ class GraphSteps(GraphStanding):
                     await self._hold(step, events)
                     return None
                 _faults.reach("node.after")
+                if self.session is not None and self.session.held_back:
+                    await self.session.room()
                 failure = await self._close_step(step, spec, memory, before, visit, events)
                 self._tell_end(step, visit, failure)
                 return failure
@@ -223,8 +225,10 @@ class GraphSteps(GraphStanding):
             result = NodeResult(False, output=told, error=error, error_type=result.error_type)
             # The last attempt's own problem comes with the commit, whichever way it goes on.
             self.port.problem("critical", error)
-            # A node that chose an unknown one has no way on: its edges were not meant.
-            route = await self._route(spec, memory, result, llm) if route.error is None else NOWHERE
+            # A node that chose an unknown one has no way on: its edges were not meant. Nor has one with an effect
+            # that is unknown: whatever is committed next would forget it.
+            is_over = route.error is not None or visit.unsettled
+            route = NOWHERE if is_over else await self._route(spec, memory, result, llm)
             visit = visit.also(route.spent)
             if not route.targets:
                 self.reported = True
@@ -245,7 +249,7 @@ class GraphSteps(GraphStanding):
         known = set(self.position.ready)
         self._advance(step, spec, result, route, written, mapped, failed=error is not None)
         failure = self._join_ready()
-        record = step_record(step, visit, error, self.position)
+        record = step_record(step, visit, error, self.position) | self.journals.unpriced()
         self.steps.add(record)
         if self.session is not None:
             following = set(self.position.ready) - known

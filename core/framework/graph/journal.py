@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from framework.errors import RunError, RunNotFound, StorageError, SurefootError, UnknownEffect
+from framework.errors import BudgetExceeded, RunError, RunNotFound, StorageError, SurefootError, UnknownEffect
 from framework.graph import journal_failures as failures
 from framework.graph import journal_rows as rows_of
 from framework.graph.budget import Room
-from framework.graph.journal_lanes import Place, current_idempotency_key, here, in_thread, place_now
+from framework.graph.journal_lanes import Place, current_idempotency_key, here, in_thread, place_now, tool_key
 from framework.graph.journal_rows import Row
 from framework.graph.journal_spec import Call, CallSpec, JournalStore, StepJournal, encoded, request_hash
 from framework.graph.journal_turns import IN_FLIGHT_SECONDS, Parts, Turns, unsure_text
@@ -57,6 +58,15 @@ class AttemptJournal(Turns):
         """Whether there is a store to record in."""
         return self.of.store is not None
 
+    @property
+    def is_replaying(self) -> bool:
+        """Whether there are recorded outcomes that the step has not asked for yet."""
+        parts = self._parts
+        if parts is None:
+            return False
+        with self._lock:
+            return not parts.replay.is_over
+
     # --- of the executor ----------------------------------------------------------------------------------------
 
     async def begin(self) -> None:
@@ -73,7 +83,7 @@ class AttemptJournal(Turns):
         found = rows_of.fold(rows, of.counted, stale)
         of.last, of.ended, of.spent = max(of.last, found.last), max(of.ended, found.ended), found.spent
         self._parts = Parts(
-            Replay(found.calls, rows_of.are_alike),
+            Replay(found.calls),
             dict(found.rows),
             dict(found.lost),
             found.counted,
@@ -108,11 +118,13 @@ class AttemptJournal(Turns):
             raise self._error
 
     async def settled(self) -> None:
-        """The node succeeded: raise ``Suspended`` while an effect is unknown that it has not met again, so that the
-        step does not end before somebody says what came of it; ``UnknownEffect`` when its policy is ``fail``."""
+        """No further attempt is to follow: raise ``Suspended`` while an effect is unknown that nobody has settled, so
+        that the step does not end before somebody says what came of it; ``UnknownEffect`` when its policy is ``fail``.
+        Those in flight are waited for first, for a while."""
         of, parts = self.of, self._parts
-        if of.store is None or parts is None:
+        if of.store is None or parts is None or not parts.unknown():
             return
+        await self._others_in_flight(IN_FLIGHT_SECONDS)
         unknown = parts.unknown()
         if not unknown:
             return
@@ -120,20 +132,34 @@ class AttemptJournal(Turns):
         open_rows = [row for row in unknown if rows_of.settle_message(self.step, row) not in said]
         for row in open_rows:
             if row.get("policy") == "fail":
+                parts.refused = True
                 raise UnknownEffect(of.run_id, rows_of.call_id(self.step, row["n"]), row["name"])
         if open_rows:
             self._closed = True
             raise Suspended([_to_settle(self.step, row) for row in open_rows])
 
-    async def failed(self) -> None:
+    async def failed(self, *, last: bool = False) -> None:
         """The attempt failed by itself: the next one begins with an empty journal, but for unknown effects.
 
         Durable on return. Raises ``StorageError``, ``LeaseLost``. What the attempt took counts as unfinished until a
         record of the run says that it counts the calls up to ``of.last``, so nothing is lost if there never is one.
+        When it was the ``last``, raises as ``settled``: with ``Suspended`` it has not failed yet, and goes on from its
+        records; with ``UnknownEffect`` it has.
         """
         self._let_go(RunError(self.of.run_id, f"This attempt of step {self.step!r} is over."))
         await self._others_in_flight(IN_FLIGHT_SECONDS)
         self._closed = True
+        unknown: UnknownEffect | None = None
+        if last:
+            try:
+                await self.settled()
+            except UnknownEffect as error:
+                unknown = error
+        await self._mark_failed()
+        if unknown is not None:
+            raise unknown
+
+    async def _mark_failed(self) -> None:
         of = self.of
         if of.store is None or not of.written:
             return
@@ -162,7 +188,7 @@ class AttemptJournal(Turns):
     def close(self) -> None:
         """Take no more calls and record nothing any more, as when the attempt was cancelled or its step is done."""
         self._closed = True
-        self._let_go(RunError(self.of.run_id, f"This attempt of step {self.step!r} is over."))
+        self._let_go(RunError(self.of.run_id, f"This attempt of step {self.step!r} is over."), lost=True)
 
     def take_problems(self) -> list[str]:
         """The problems so far, which are forgotten by this."""
@@ -312,7 +338,7 @@ class AttemptJournal(Turns):
             return (yield from self._made(call, spec))
         over = yield from spec.before(_is_inside_a_question(call))
         try:
-            if self._waits:  # the step was suspended while this waited
+            if self._waits and call.outer is None:  # the step was suspended while this waited
                 raise Suspended(self._waits)
             return (yield from self._made(call, spec))
         finally:
@@ -322,12 +348,15 @@ class AttemptJournal(Turns):
         """A call that is made now."""
         if spec.policy != "rerun":
             yield from self._record(call, "intent")
+        handled = sys.exception()
         try:
             value = yield None
         except Exception as error:
-            if failures.is_recorded(error) and self._error is None:
+            # After the budget was refused a call may fail for that alone; an effect in flight is known to have failed.
+            ended = self._error is not None and not (spec.policy != "rerun" and isinstance(self._error, BudgetExceeded))
+            if failures.is_recorded(error) and not ended:
                 yield from self._last_of_recorded(call)
-                if spec.policy == "rerun" or not failures.leaves_unknown(error):
+                if spec.policy == "rerun" or not failures.leaves_unknown(error, handled):
                     paid = paid_before(error)
                     taken = Spent.of_reply(paid) if paid is not None and spec.spent is not None else NOTHING
                     yield from self._record(call, "failed", error=failures.plain_error(error), **taken.record())
@@ -508,7 +537,7 @@ class AttemptJournal(Turns):
         if isinstance(error, RunNotFound):
             error = StorageError(f"Run {store.run_id!r} vanished from the store while it was going on: it was deleted.")
         self._error = error
-        self._let_go(error)
+        self._let_go(error, lost=True)
         raise error
 
     async def durable(self, future: Future[None]) -> None:
@@ -544,4 +573,5 @@ __all__ = [
     "current_idempotency_key",
     "in_thread",
     "request_hash",
+    "tool_key",
 ]

@@ -30,6 +30,11 @@ from framework.storage.records import Damage, RunRecord
 
 logger = logging.getLogger(__name__)
 
+_SETTLED = "this call was settled before; the first word counts. Its step goes on with it when the run does."
+
+_MOST_PARTS = 10_000
+"""Parts of one run that are looked through."""
+
 
 def read_calls(storage: Storage, run_id: str) -> list[CallRecord]:
     """The calls in the run's journal, by step and number. Raises ``RunNotFound``, ``StorageError``, ``UnknownType``."""
@@ -37,9 +42,11 @@ def read_calls(storage: Storage, run_id: str) -> list[CallRecord]:
     running = effective_state(run) is RunState.RUNNING
     asked = _asked_to_settle(storage, run_id) if running else frozenset()
     records: list[CallRecord] = []
-    for step, rows in _rows(storage, run_id):
+    journal = _rows(storage, run_id)
+    messages, now = {each.name for each in storage.read_messages(run_id)} if journal else set(), time.time()
+    for step, rows in journal:
         named = {row["n"]: rows_of.settle_message(step, row) for row in rows if rows_of.is_lost_effect(row)}
-        for each in rows_of.describe(step, rows, running=running):
+        for each in rows_of.describe(step, rows, running=running, messages=messages, now=now):
             # Its step is held for it, while others of the run work: it is not in flight.
             held = each.state == "running" and named.get(each.number) in asked
             records.append(replace(each, state="unknown") if held else each)
@@ -60,16 +67,43 @@ def _held_for(storage: Storage, run_id: str) -> list[Waiting]:
 
 
 def part_that_waits(storage: Storage, run_id: str, name: str) -> str | None:
-    """The part of a run, as of a plan's sub-graph, that waits for the signal, the question or the call ``name``; the
-    run's steps wait for it. ``None`` when none does. Raises ``MessageRefused`` when several do, and ``StorageError``.
+    """The part of a run, as of a plan's sub-graph, that waits for the signal, the question or the call ``name``.
+
+    A step of the run waits for it, or is still at work with it. ``None`` when none does. Raises ``MessageRefused`` when
+    several do, and ``StorageError``.
     """
-    found = sorted({each.run for each in _held_for(storage, run_id) if each.run and _name_of(each) == name})
+    waits = [*_held_for(storage, run_id), *_waits_at_work(storage, run_id)]
+    found = sorted({each.run for each in waits if each.run and _name_of(each) == name})
     if len(found) > 1:
         listing = ", ".join(map(repr, found))
         raise MessageRefused(
             run_id, name, f"several of its sub-graphs' runs wait for it; name the one meant: {listing}."
         )
     return found[0] if found else None
+
+
+def _waits_at_work(storage: Storage, run_id: str) -> list[Waiting]:
+    """What parts of a run wait for while they work on, each with the part's id: in another branch, or in the process.
+
+    Also of one that crashed together with the run. Others, such as those that a revised plan left, are nobody's now.
+    """
+    run = storage.find_run(run_id)
+    state = effective_state(run) if run is not None else None
+    if state not in (RunState.RUNNING, RunState.CRASHED):
+        return []
+    found = []
+    for part in storage.find_runs(f"{run_id}/", _MOST_PARTS):
+        if part.parent_run_id != run_id or effective_state(part) is not state:
+            continue
+        own = [
+            Waiting("answer" if row["kind"] == "ask" else "signal", f"{step}/{row['n']}", str(row.get("to")))
+            for step, rows in _rows(storage, part.run_id)
+            for row in rows_of.fold(rows).rows.values()
+            if row["kind"] in ("ask", "wait") and row["state"] == "waiting"
+        ]
+        held = [each for each in _held_for(storage, part.run_id) if each.kind == "settle" and not each.run]
+        found += [replace(each, run=part.run_id) for each in (*own, *held)]
+    return found
 
 
 def _name_of(waiting: Waiting) -> str:
@@ -204,8 +238,11 @@ def settle_call(storage: Storage, run_id: str, call_id: str, action: str, value:
     running = effective_state(run) is RunState.RUNNING
     asked = _asked_to_settle(storage, run_id) if running else frozenset()
     body = codec.encode({"action": action, "value": value}, "value")
-    for step, rows in _rows(storage, run_id):
-        for each in rows_of.describe(step, rows, running=False):
+    known: str | None = None
+    journal = _rows(storage, run_id)
+    messages = {each.name for each in storage.read_messages(run_id)}
+    for step, rows in journal:
+        for each in rows_of.describe(step, rows, running=False, messages=messages, now=time.time()):
             if each.id == call_id and each.state == "unknown":
                 row = next(row for row in rows if row["n"] == each.number)
                 message = rows_of.settle_message(step, row)
@@ -214,18 +251,26 @@ def settle_call(storage: Storage, run_id: str, call_id: str, action: str, value:
                         "the run is running, and may be making this call now; settle it once it has paused or ended."
                     )
                     raise MessageRefused(run_id, call_id, problem)
-                storage.send(run_id, message, body)
+                try:
+                    storage.send(run_id, message, body)
+                except MessageRefused:
+                    # What was read above has changed in between; the store decides.
+                    if all(message != left.name for left in storage.read_messages(run_id)):
+                        raise
+                    raise MessageRefused(run_id, call_id, _SETTLED) from None
                 return
             if each.id == call_id:
-                raise MessageRefused(run_id, call_id, f"what became of this call is known: it is {each.state!r}.")
-    part = part_that_waits(storage, run_id, call_id)
+                known = each.state
+    part = part_that_waits(storage, run_id, call_id)  # which may have a call of the same id
     if part is not None:
         settle_call(storage, part, call_id, action, value)
         return
+    if known is not None:
+        problem = _SETTLED if known == "settled" else f"what became of this call is known: it is {known!r}."
+        raise MessageRefused(run_id, call_id, problem)
     unknown = [each.id for each in read_calls(storage, run_id) if each.state == "unknown"]
-    unknown += [
-        f"{each.name} of run {each.run!r}" for each in _held_for(storage, run_id) if each.kind == "settle" and each.run
-    ]
+    waits = [*_held_for(storage, run_id), *_waits_at_work(storage, run_id)]
+    unknown += [f"{each.name} of run {each.run!r}" for each in waits if each.kind == "settle" and each.run]
     listing = f"Those that are: {', '.join(unknown)}." if unknown else "It has none."
     raise MessageRefused(run_id, call_id, f"the run has no such call whose effect is unknown. {listing}")
 
@@ -254,7 +299,8 @@ def _open(storage: Storage, run_id: str) -> str:
 
 def _parts_open(storage: Storage, run_id: str) -> str:
     """What the runs of a plan's sub-graphs wait for, for an error."""
-    waits = [each for each in _held_for(storage, run_id) if each.run and each.kind in ("signal", "answer")]
-    listing = ", ".join(f"{each.name!r} (run {each.run!r})" for each in waits)
+    waits = [*_held_for(storage, run_id), *_waits_at_work(storage, run_id)]
+    open_ones = {(each.name, each.run) for each in waits if each.run and each.kind in ("signal", "answer")}
+    listing = ", ".join(f"{name!r} (run {part!r})" for name, part in sorted(open_ones))
     early = f"A value for one that does not wait yet is sent to its own run, like '{run_id}/<step>#1'."
     return f"Open: {listing}. {early}" if listing else f"None waits for a value. {early}"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
+import socket
+import ssl
 import sys
 from collections.abc import Mapping
+from concurrent.futures import BrokenExecutor
 from typing import Any
 
 from framework import errors
@@ -23,8 +27,54 @@ from framework.storage import codec
 
 _LONGEST_TEXT = 10_000
 
-# What was never sent has no effect: these say that there was no connection to send it over.
-_NOT_SENT = frozenset({"ConnectError", "ConnectTimeout", "ConnectionRefusedError", "gaierror", "PoolTimeout"})
+# What was never sent has no effect: these say that there was no connection to send it over, or that none was opened to
+# this host. Names of classes of the common clients, subclasses included; none of them is imported for this.
+_NOT_SENT = frozenset(
+    {
+        "ClientConnectorError",  # aiohttp, of names and certificates too
+        "ConnectError",  # httpx, httpcore
+        "ConnectTimeout",  # httpx, requests
+        "ConnectTimeoutError",  # urllib3, botocore
+        "ConnectionTimeoutError",  # aiohttp
+        "EndpointConnectionError",  # botocore
+        "NewConnectionError",  # urllib3, of names too
+        "PoolTimeout",  # httpx
+    }
+)
+# The same, as the system or the TLS library says it; the clients' exceptions above are made from these and others.
+_NEVER_OPENED = (ConnectionRefusedError, socket.gaierror, ssl.SSLCertVerificationError)
+# What says by itself that an answer was waited for, or that a connection was lost which had been there.
+_CUT_OFF = (
+    asyncio.CancelledError,
+    BrokenExecutor,
+    BrokenPipeError,
+    ConnectionAbortedError,
+    ConnectionResetError,
+    EOFError,
+    ToolOutcomeUnknown,
+    ssl.SSLError,
+)
+_GOES_ON = (ssl.SSLWantReadError, ssl.SSLWantWriteError)  # no errors, but met behind those of a TLS connection
+_CUT_OFF_NAMES = frozenset(
+    {
+        "BrokenResourceError",  # anyio, trio
+        "ChunkedEncodingError",  # requests
+        "ClientPayloadError",  # aiohttp
+        "ConnectionClosed",  # websockets
+        "ConnectionClosedError",  # botocore
+        "EndOfStream",  # anyio
+        "IncompleteRead",  # http.client, urllib3
+        "ReadTimeout",  # httpx, requests
+        "ReadTimeoutError",  # urllib3, botocore
+        "RemoteProtocolError",  # httpx, h11
+        "SMTPServerDisconnected",  # smtplib
+        "ServerDisconnectedError",  # aiohttp
+        "TimeoutExpired",  # subprocess
+        "WriteTimeout",  # httpx
+    }
+)
+_MOST_LOOKED_AT = 200
+"""Exceptions behind one that are looked at."""
 
 
 def is_recorded(error: BaseException) -> bool:
@@ -33,16 +83,75 @@ def is_recorded(error: BaseException) -> bool:
     return isinstance(error, Exception) and not isinstance(error, about_the_run)
 
 
-def leaves_unknown(error: BaseException) -> bool:
-    """Whether a call that raised this may have had its effect all the same: no answer came in time, or the connection
-    was lost on the way. One that never came about, such as a refused connection, proves that nothing happened."""
-    if any(cls.__name__ in _NOT_SENT for cls in type(error).__mro__):
-        return False
-    if isinstance(error, (EOFError, ToolOutcomeUnknown)):
-        return True
-    if any(cls.__name__ == "RemoteProtocolError" for cls in type(error).__mro__):
-        return True
-    return transient_kind(error) in (TIMEOUT, CONNECTION)
+def leaves_unknown(error: BaseException, handled: BaseException | None = None) -> bool:
+    """Whether a call that raised this may have had its effect all the same: no answer came in time, the connection was
+    lost on the way, or it was cut off. One that never came about, such as a refused connection, proves that nothing
+    happened.
+
+    Looked at is also what stands behind ``error``: the members of a group, what it was raised from, what it names as
+    its reason, and what was being handled when it was raised; but not ``handled``, which the caller of the call was
+    handling when that began. Only what an exception says itself to be made from can prove that nothing was sent: what
+    was merely being handled may be an earlier try.
+    """
+    known: set[int] = set() if handled is None or handled is error else {id(handled)}
+    roots = [error]
+    while roots:
+        root = roots.pop()
+        if id(root) in known:
+            continue
+        tree = _made_from(root, known)
+        if len(known) > _MOST_LOOKED_AT or _fate(root, {id(each) for each in tree}) == "unknown":
+            return True
+        for each in tree:
+            before = each.__context__
+            if before is not None and _is_translated(each, before):
+                known.add(id(before))
+                before = before.__context__
+            if before is not None:
+                roots.append(before)
+    return False
+
+
+def _made_from(root: BaseException, known: set[int]) -> list[BaseException]:
+    """The exception and what it and those say they are made from, each once; all of it is known then."""
+    found, todo = list[BaseException](), [root]
+    while todo and len(known) <= _MOST_LOOKED_AT:
+        each = todo.pop()
+        if id(each) not in known:
+            known.add(id(each))
+            found.append(each)
+            todo += _parts(each)
+    return found
+
+
+def _parts(error: BaseException) -> list[BaseException]:
+    """What an exception says it is made from."""
+    named: list[object] = [error.__cause__, getattr(error, "reason", None), *error.args]
+    if isinstance(error, BaseExceptionGroup):
+        named += error.exceptions
+    return [each for each in named if isinstance(each, BaseException)]
+
+
+def _fate(error: BaseException, within: set[int]) -> str | None:
+    """What an exception says of the request: "unknown", "not sent", or nothing. Each of ``within`` is asked once."""
+    within.discard(id(error))
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if names & _NOT_SENT or isinstance(error, _NEVER_OPENED):
+        return "not sent"
+    if names & _CUT_OFF_NAMES or (isinstance(error, _CUT_OFF) and not isinstance(error, _GOES_ON)):
+        return "unknown"
+    fates = {_fate(each, within) for each in _parts(error) if id(each) in within}
+    if "unknown" in fates:
+        return "unknown"
+    if "not sent" in fates:
+        return "not sent"
+    return "unknown" if transient_kind(error) in (TIMEOUT, CONNECTION) else None
+
+
+def _is_translated(error: BaseException, before: BaseException) -> bool:
+    """Whether a client's word for no connection was put in place of the system's error, without saying so."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return bool(names & _NOT_SENT) and error.__cause__ is None and type(before) in (OSError, TimeoutError)
 
 
 def plain_error(error: Exception) -> dict[str, Any]:

@@ -14,9 +14,20 @@ from framework.graph.journal import AttemptJournal, CallSpec, in_thread, request
 from framework.graph.journal_rows import Policy
 from framework.graph.spending import Spent
 from framework.llm.calls import cost_of, input_tokens_of, method_of, output_tokens_of, turn_of, wishes
+from framework.llm.prices import cost_of_call
 from framework.llm.provider import LLMProvider, LLMResponse, Message, Tool, ToolResult, ToolUse
 from framework.llm.threads import Watch
-from framework.llm.tool_loop import Conversation, Turn, blocking, is_async, talk, talk_async, text_of_result
+from framework.llm.tool_loop import (
+    NO_PATIENCE,
+    Conversation,
+    Patience,
+    Turn,
+    blocking,
+    is_async,
+    talk,
+    talk_async,
+    text_of_result,
+)
 from framework.storage import codec
 
 SKIPPED = "A person decided that this call is not made."
@@ -31,8 +42,9 @@ class JournaledLLM:
 
     A tool's policy is its own, else "ask" when it has effects and "rerun" when not. A tool with a parameter
     ``idempotency_key`` is given its call's; the model is not told of the parameter. A provider that gives one turn at
-    a time is asked for turns, each a call of its own; of another one the whole conversation is a call, and in it each
-    tool call. A recorded reply has no ``raw_response`` when that cannot be stored.
+    a time is asked for turns, each a call of its own, one that its ``patience`` makes again as well; of another one the
+    whole conversation is a call, and in it each tool call. A recorded reply has no ``raw_response`` when that cannot be
+    stored.
     """
 
     def __init__(self, inner: Any, journal: AttemptJournal, gate: BudgetGate | None = None) -> None:
@@ -106,7 +118,7 @@ class JournaledLLM:
             )
             return made
 
-        return talk(self._conversation(asked), one, tools.run_blocking)
+        return talk(self._conversation(asked), one, tools.run_blocking, self._patience())
 
     async def acomplete_with_tools(self, *args: Any, **keywords: Any) -> Any:
         """`LLMProvider.acomplete_with_tools`."""
@@ -127,7 +139,7 @@ class JournaledLLM:
 
             return await self._journal.call("llm", self._request(now, "turn"), make, self._let_out(self._turn, now))
 
-        return await talk_async(self._conversation(asked), one, tools.run)
+        return await talk_async(self._conversation(asked), one, tools.run, self._patience())
 
     async def _whole(self, asked: dict[str, Any], tools: _Tools) -> Any:
         """The conversation as one call, for a provider that does not give one turn at a time."""
@@ -147,6 +159,26 @@ class JournaledLLM:
     def _conversation(self, asked: Mapping[str, Any]) -> Conversation:
         model = asked.get("model") or self._model()
         return Conversation(asked["messages"], model, asked.get("max_iterations") or 10, asked["tools"])
+
+    def _patience(self) -> Patience:
+        """That of ``inner``: a turn that failed is recorded as such, and the one made in its place is the next call.
+
+        A step that starts again does not wait where it is still told what came next: other tasks of it may wait for
+        their own answers meanwhile, which are given out in turn.
+        """
+        patience, journal = getattr(self._inner, "patience", None), self._journal
+        if not isinstance(patience, Patience):
+            return NO_PATIENCE
+
+        def sleep(seconds: float) -> None:
+            if not journal.is_replaying:
+                patience.sleep(seconds)
+
+        async def sleep_async(seconds: float) -> None:
+            if not journal.is_replaying:
+                await patience.sleep_async(seconds)
+
+        return replace(patience, sleep=sleep, sleep_async=sleep_async)
 
     @staticmethod
     def _one_turn(asked: dict[str, Any]) -> dict[str, Any]:
@@ -168,8 +200,13 @@ class JournaledLLM:
         taken, gate = Spent.of_reply(reply), self._gate
         if gate is not None:
             unpriced = None
-            if getattr(reply, "cost", None) is None and gate.limits_cost:
-                unpriced = _text(getattr(reply, "model", "")) or self._model() or "unknown"
+            if getattr(reply, "cost", None) is None:
+                model = _text(getattr(reply, "model", "")) or self._model() or "unknown"
+                # A provider need not look prices up itself.
+                cost = cost_of_call(model, input_tokens_of(reply), output_tokens_of(reply))
+                unpriced = model if cost is None else None
+                taken = replace(taken, cost=cost or 0.0)
+            if unpriced is not None and gate.limits_cost:
                 self._journal.problems.append(
                     f"What model {unpriced!r} costs is not known, so the run's max_cost cannot be kept: no further "
                     "question is asked under it. Register its price (framework.llm.prices.register_price)."

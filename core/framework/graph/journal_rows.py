@@ -14,6 +14,7 @@ itself: calls with smaller numbers count no more (``cleared``), or they do but t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -28,9 +29,10 @@ Row = dict[str, Any]
 Policy = Literal["rerun", "ask", "fail"]
 POLICIES = ("rerun", "ask", "fail")
 
-CallState = Literal["done", "failed", "begun", "unknown", "running", "waiting", "timed_out"]
-"""``begun``: it was in flight and will run again. ``unknown``: an effect without an outcome. ``running``: an effect of
-a run that is running now."""
+CallState = Literal["done", "failed", "begun", "unknown", "settled", "running", "waiting", "timed_out"]
+"""``begun``: it was in flight and will run again. ``unknown``: an effect without an outcome. ``settled``: one of which
+somebody has said what became of it, and whose step has not gone on yet. ``running``: an effect of a run that is running
+now. ``waiting``: a wait, a question or a sleep that is not over."""
 
 ANSWERED = ("done", "timed_out", "failed")
 
@@ -88,13 +90,6 @@ class Journaled:
     furthest: int = 0
 
 
-def are_alike(one: Row, other: Row) -> bool:
-    """Whether two rows answer alike."""
-    return one["state"] == other["state"] and all(
-        codec.same(one.get(part), other.get(part)) for part in ("answer", "error", "until")
-    )
-
-
 def key_of(row: Mapping[str, Any]) -> CallKey:
     """The key of the call that a row is about."""
     return CallKey(row["name"], row["request"], row["occ"])
@@ -105,6 +100,16 @@ def spent_of(row: Mapping[str, Any]) -> Spent:
     if "tokens" not in row and "cost" not in row:
         return NOTHING
     return Spent(row.get("tokens", 0), 0, row.get("output_tokens", 0), row.get("cost", 0.0))
+
+
+def unpriced_of(rows: Iterable[Row]) -> str | None:
+    """The model of a reply among these rows whose cost is not known."""
+    for row in rows:
+        answer = row.get("answer")
+        reply = answer.get("reply", answer) if isinstance(answer, dict) else None
+        if "tokens" in row and "cost" not in row and isinstance(reply, dict) and reply.get("cost", 0) is None:
+            return str(reply.get("model") or "unknown")
+    return None
 
 
 def parse(rows: Iterable[JournalRow], *, lenient: bool = False) -> list[Row]:
@@ -257,11 +262,14 @@ def settle_message(step: str, row: Mapping[str, Any]) -> str:
     return f"settle:{call_id(step, row['n'])}:{round(row['at'] * 1_000_000)}"
 
 
-def describe(step: str, rows: Sequence[Row], *, running: bool) -> list[CallRecord]:
-    """The calls of one step, by number. ``running`` says that somebody works on the run now."""
+def describe(
+    step: str, rows: Sequence[Row], *, running: bool, messages: Container[str] = (), now: float = math.inf
+) -> list[CallRecord]:
+    """The calls of one step, by number. ``running`` says that somebody works on the run now, ``messages`` are the names
+    of those left for it, ``now`` is the time in seconds since the epoch."""
     folded = fold(rows)
     shown = dict(folded.rows) | {row["n"]: row for row in folded.lost.values()}
-    records = [_described(step, row, running) for row in shown.values()]
+    records = [_described(step, row, running, messages, now) for row in shown.values()]
     records += [
         CallRecord(call_id(step, each.number), step, each.number, "call", each.key.name, "begun")
         for each in folded.calls
@@ -276,10 +284,13 @@ def _error_text(error: Any) -> str | None:
     return str(error) if error is not None else None
 
 
-def _described(step: str, row: Row, running: bool) -> CallRecord:
+def _described(step: str, row: Row, running: bool, messages: Container[str], now: float) -> CallRecord:
     state = row["state"]
     if state == "intent":
-        state = "running" if running else "unknown"
+        is_settled = settle_message(step, row) in messages
+        state = "settled" if is_settled else "running" if running else "unknown"
+    elif row["kind"] == "sleep" and row.get("until", 0.0) > now:
+        state = "waiting"
     spent = spent_of(row)
     return CallRecord(
         id=call_id(step, row["n"]),

@@ -10,12 +10,13 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
-from framework.errors import RunError
+from framework.errors import BudgetExceeded, RunError
 from framework.graph import journal_rows as rows_of
 from framework.graph.journal_lanes import Place, here, place_now
 from framework.graph.journal_rows import POLICIES, Policy, Row
@@ -251,13 +252,13 @@ class Turns:
         if policy not in POLICIES:
             raise ValueError(f"Call {name!r}: the policy is {policy!r}; it is one of {', '.join(POLICIES)}.")
         with self._lock:
-            self._check_open(kind, name)
             parts = self._parts
             if parts is None:
                 parts = self._parts = Parts()
             place = place_now.get()
             place = place if place is not None and place.journal is self else None
             outer = place.call if place is not None and place.call in parts.unfinished else None
+            self._check_open(kind, name, outer)
             if outer is not None:
                 if kind != "call":
                     self._check_may_wait(outer, name)
@@ -282,20 +283,17 @@ class Turns:
         """Whether calls are in flight that are neither waits nor around one."""
         with self._lock:
             unfinished = list(self._parts.unfinished) if self._parts is not None else []
-        around: set[Call] = set()
-        for call in unfinished:
-            outer = call.outer if call.kind != "call" else None
-            while outer is not None and outer not in around:
-                around.add(outer)
-                outer = outer.outer
+        around = _around(call for call in unfinished if call.kind != "call")
         return any(call.kind == "call" and call not in around for call in unfinished)
 
-    def _check_open(self, kind: str, name: str) -> None:
+    def _check_open(self, kind: str, name: str, outer: Call | None) -> None:
+        """Raise when no call is begun any more. One inside a call in flight, which is to be finished, still is, unless
+        the run is lost; of a used up budget the gate refuses its new questions to models."""
         if self._closed:
             raise RunError(self.of.run_id, f"Call {name!r}: this attempt of step {self.step!r} is over.")
-        if self._error is not None:
+        if self._error is not None and (outer is None or not isinstance(self._error, BudgetExceeded)):
             raise self._error  # a run that is lost, or whose store fails, asks nothing more of the world
-        if self._waits and kind == "call":
+        if self._waits and kind == "call" and outer is None:
             raise Suspended(self._waits)
 
     def _check_may_wait(self, outer: Call, name: str) -> None:
@@ -426,22 +424,30 @@ class Turns:
                 parts.given = None
                 self._advance(parts)
                 return
-            if any(call.arrival.made and parts.replay.holds_answers(call.arrival) for call in parts.unfinished):
+            blocked = _around(parts.held)
+            if any(
+                call.arrival.made and call not in blocked and parts.replay.holds_answers(call.arrival)
+                for call in parts.unfinished
+            ):
                 return  # one that is being made takes as long as it takes, and what is recorded inside it may come
             parts.replay.relax([call.arrival for call in parts.held])
             self._note_left(parts, parts.held[0].key.name)
             self._advance(parts)
 
-    def _let_go(self, error: BaseException) -> None:
-        """Calls that wait for their turn are not made any more."""
+    def _let_go(self, error: BaseException, *, lost: bool = False) -> None:
+        """Calls that wait for their turn are not made any more. Unless the run is ``lost``, what is in flight is
+        finished: a call that was made is recorded, and those inside one have their turn."""
+        turns: list[tuple[Future[BaseException | None], bool]] = []
         with self._lock:
-            held, turns = (self._parts.held, list[Future[BaseException | None]]()) if self._parts else ([], [])
-            for call in held:
-                if call.turn is not None:
-                    turns.append(call.turn)
-            held.clear()
-        for turn in turns:
-            turn.set_result(error)
+            held = self._parts.held if self._parts is not None else []
+            for call in tuple(held):
+                was_made = call.arrival.made and not lost
+                if lost or was_made or call.outer is None:
+                    held.remove(call)
+                    if call.turn is not None:
+                        turns.append((call.turn, was_made))
+        for turn, was_made in turns:
+            turn.set_result(None if was_made else error)
 
     def _note_left(self, parts: Parts, name: str) -> None:
         """What replay has dropped: the step went another way than recorded, and it counts no more."""
@@ -476,7 +482,7 @@ class Turns:
                 parts.held.remove(call)
             if parts.given is call:
                 parts.given = None
-            if not self._waits and not self._closed:
+            if (not self._waits or call.outer is not None) and not self._closed:
                 parts.replay.ended(call.arrival)
                 self._note_left(parts, call.key.name)
             self._advance(parts)
@@ -485,6 +491,17 @@ class Turns:
                 parts.idle.set_result(None)
         if self.limit is not None:
             self.limit.look()
+
+
+def _around(calls: Iterable[Call]) -> set[Call]:
+    """The calls that these are made in."""
+    around: set[Call] = set()
+    for call in calls:
+        outer = call.outer
+        while outer is not None and outer not in around:
+            around.add(outer)
+            outer = outer.outer
+    return around
 
 
 def unsure_text(ids: list[str]) -> str:

@@ -19,7 +19,7 @@ from framework.graph.plan import ActionType, ApprovalRequest, ExecutionStatus, P
 from framework.graph.plan_answers import Answers, require_plan, state_of
 from framework.graph.plan_journals import recorded_budget
 from framework.graph.plan_parts import PlanParts
-from framework.graph.plan_planner import canonical, describe_changes, fingerprint, ready_steps
+from framework.graph.plan_planner import canonical, canonical_step, describe_changes, fingerprint, ready_steps
 from framework.graph.plan_run import PlanRun
 from framework.graph.plan_state import SCOPE, HowFar, PlanState, plan_of
 from framework.graph.plan_terms import RUN_STATES, Ending, Limits, Worker
@@ -166,6 +166,21 @@ class PlanExecution:
             raise DefinitionChanged(
                 self._run_id, changes, "take the plan as the run's next revision with execute_plan(..., replan=True)."
             )
+        self._keep_unknown(old, self._plan, self._manager)
+
+    def _keep_unknown(self, old: Plan, new: Plan, manager: CheckpointManager) -> None:
+        """Raise where a step that is changed or gone has an effect that is unknown: nobody would be asked about it."""
+        kept = {step.id: canonical_step(step) for step in new.steps}
+        gone = {step.id for step in old.steps if kept.get(step.id) != canonical_step(step)}
+        unknown = [each for each in manager.journal(self._run_id) if each.state == "unknown"]
+        lost = [f"{each.id!r} ({each.name})" for each in unknown if each.step.rpartition("#")[0] in gone]
+        if lost:
+            raise ResumeError(
+                self._run_id,
+                f"The plan of run {self._run_id!r} cannot be revised: it changes or drops steps whose calls have "
+                f"begun, and nothing says how they ended: {', '.join(lost)}. Settle them with "
+                "CheckpointManager.settle (done, redo or skip), and revise the plan then.",
+            )
 
     def _report(self, description: str) -> None:
         logger.warning("Run %r: %s", self._run_id, description)
@@ -230,6 +245,7 @@ class PlanExecution:
         }
         parts = PlanParts(self._run_id, self._executor.worker)
         unfinished = await parts.unfinished(state, old)
+        planned: dict[str, Any] = {}
         if self._revised:
             ids = {step.id for step in (*old.steps, *state.plan.steps)}
             planned = {
@@ -248,9 +264,13 @@ class PlanExecution:
         run = self._run_of(state, session, found)
         for key, (counted, spent) in unfinished.items():
             run.journals.part(key, counted, run, spent)
-        if found.found is RunState.PAUSED:
-            waits = {key.rpartition("#")[0]: each for key, each in waits_of(found.body).items()}
-            run.answered = await parts.answered(() if brought else state.plan.steps, waits)
+        waits = parts.now(state, waits_of(found.body))
+        is_paused = found.found is RunState.PAUSED
+        if is_paused and (brought or not await parts.is_woken(state, waits, await session.messages())):
+            run.answered = parts.told(waits.values())
+        elif is_paused or found.found is RunState.CRASHED:
+            await run.hold_cancelled(waits)  # nobody may have called it
+        run.brought = frozenset((*planned, *brought))
         if state.recoveries > self._executor.limits().max_recovery_attempts:
             run.stop(ExecutionStatus.FAILED, _too_often(state, record["cut_off"], self._run_id))
         changes = (

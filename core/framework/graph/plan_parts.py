@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 from framework.graph.checkpoint_manager import CheckpointManager
-from framework.graph.child_runs import paused_part, spent_by
+from framework.graph.child_runs import cancelled_part, paused_part, spent_by
 from framework.graph.plan import ActionType, Plan, PlanStep, StepStatus
+from framework.graph.plan_answers import request_of
 from framework.graph.plan_state import PlanState, Standing
 from framework.graph.run_commits import wait_for
 from framework.graph.spending import NOTHING, Spent
@@ -18,6 +19,7 @@ from framework.schemas.run import RunState
 from framework.storage.committer import committer_of
 from framework.storage.interface import Storage
 from framework.storage.ownership import effective_state
+from framework.storage.records import Message
 
 _COUNTED = ("visit", "child_tokens", "child_cost")
 
@@ -69,7 +71,8 @@ class PlanParts:
 
     async def may_go_on(self, step: PlanStep, waits: Iterable[Waiting]) -> bool:
         """Whether something that the step's sub-graph waits for has come, or comes so soon that its run stays for it;
-        also when that run is over, or was left by who resumed it by itself. Raises ``StorageError``."""
+        also when that run is over, or was left by who resumed it by itself. One that somebody cancelled stays so.
+        Raises ``StorageError``."""
         manager = self.manager_of(step)
         run_ids = {each.run for each in waits if each.run}
         if manager is None or not run_ids:
@@ -79,8 +82,8 @@ class PlanParts:
         def look(storage: Storage) -> bool:
             for run_id in sorted(run_ids):
                 run = storage.find_run(run_id)
-                if run is not None and effective_state(run) is RunState.RUNNING:
-                    continue  # somebody resumed it by itself, and still works on it
+                if run is not None and effective_state(run) in (RunState.RUNNING, RunState.CANCELLED):
+                    continue  # somebody resumed it by itself and still works on it, or wants it left alone
                 found = paused_part(storage, run_id, until)
                 if found is None or found.is_over:
                     return True
@@ -88,15 +91,49 @@ class PlanParts:
 
         return await wait_for(committer_of(manager.storage).call(look))
 
-    async def answered(self, steps: Iterable[PlanStep], waits: Mapping[str, Sequence[Waiting]]) -> dict[str, str]:
-        """The sub-graphs' runs whose persons have answered, as somebody calls a paused plan again, with the checkpoints
-        they waited at: those that its ``waits``, by step id, told of. None when something else that it waits for has
-        come, as that may be why it was woken. Raises ``StorageError``."""
-        told = {each.run: each.call for listed in waits.values() for each in listed if each.kind == "input"}
-        for step in steps if told else ():
-            if step.id in waits and await self.may_go_on(step, waits[step.id]):
-                return {}
-        return told
+    async def cancelled(self, step: PlanStep, waits: Iterable[Waiting]) -> tuple[Waiting, ...]:
+        """What to wait for when the run of the held step's sub-graph was cancelled meanwhile: the plan's next call,
+        which a person makes. Nothing when it was not. Raises ``StorageError``."""
+        manager = self.manager_of(step)
+        run_ids = {each.run for each in waits if each.run}
+        if manager is None or not run_ids:
+            return ()
+
+        def look(storage: Storage) -> tuple[Waiting, ...]:
+            runs = [storage.find_run(run_id) for run_id in sorted(run_ids)]
+            return tuple(cancelled_part(run.run_id) for run in runs if run and run.state is RunState.CANCELLED)
+
+        return await wait_for(committer_of(manager.storage).call(look))
+
+    async def is_woken(self, state: PlanState, waits: Mapping[str, Sequence[Waiting]], left: Iterable[Message]) -> bool:
+        """Whether something has come that a paused plan waits for, so that this may be why it goes on, and not a person
+        who calls it: for a sub-graph, for one of its ``waits``, by step id, or an answer to an approval. ``left`` are
+        the messages to the plan's run. Raises ``StorageError``."""
+        messages = list(left)
+        names, requests = {each.name for each in messages}, {request_of(each) for each in messages}
+        moment = time.time()
+        for step in state.plan.steps:
+            own = waits.get(step.id, ())
+            asked = state.standing(step.id).approval
+            if any(each.is_over(names, moment) for each in own if not each.run):
+                return True
+            if asked is not None and asked.answer is None and asked.request_id in requests:
+                return True
+            if await self.may_go_on(step, own):
+                return True
+        return False
+
+    @staticmethod
+    def now(state: PlanState, waits: Mapping[str, Sequence[Waiting]]) -> dict[str, Sequence[Waiting]]:
+        """The ``waits``, by the keys of visits, of the visits that the plan's steps are at, by step id."""
+        keys = {step.id: f"{step.id}#{state.standing(step.id).visit}" for step in state.plan.steps}
+        return {step_id: waits[key] for step_id, key in keys.items() if key in waits}
+
+    @staticmethod
+    def told(waits: Iterable[Iterable[Waiting]]) -> dict[str, str]:
+        """The sub-graphs' runs whose persons have answered when one calls the paused plan, with the checkpoints they
+        waited at."""
+        return {each.run: each.call for listed in waits for each in listed if each.kind == "input"}
 
     @staticmethod
     def seconds_to_look(held: Mapping[str, Iterable[Waiting]]) -> float | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from framework import _faults
 from framework._secrets import mask_error
-from framework.errors import BudgetExceeded, UnstorableValue
+from framework.errors import BudgetExceeded, UnknownEffect, UnstorableValue
 from framework.graph.attempts import backoff_seconds
 from framework.graph.budget import RunBudget
 from framework.graph.goal import Goal
@@ -84,6 +84,9 @@ class PlanRun:
         self.answered: dict[str, str] = {}
         """Runs of sub-graphs that waited for a person who has answered by calling again, with the checkpoints they
         waited at."""
+        self.brought: frozenset[str] = frozenset()
+        """The names of the context that the caller who resumes the plan gave other values, until parts have them."""
+        self._given: set[str] = set()
         self._held: dict[str, tuple[Waiting, ...]] = {}
         self._running: dict[asyncio.Task[None], str] = {}
         self._sleeps: set[asyncio.Future[None]] = set()
@@ -142,6 +145,13 @@ class PlanRun:
         for step in self.state.plan.steps:
             if step.id in self._held and await self.parts.may_go_on(step, self._held[step.id]):
                 del self._held[step.id]
+        await self.hold_cancelled(self._held)
+
+    async def hold_cancelled(self, waits: Mapping[str, Sequence[Waiting]]) -> None:
+        """Hold the steps with these ``waits``, by id, whose sub-graphs' runs somebody has cancelled by themselves."""
+        for step in self.state.plan.steps:
+            if step.id in waits and (cancelled := await self.parts.cancelled(step, waits[step.id])):
+                self._held[step.id] = cancelled
 
     def _launchable(self) -> list[PlanStep]:
         """Ready steps that may start. One that waits for its answer keeps its place among those that may run at once,
@@ -304,6 +314,8 @@ class PlanRun:
                         await journal.failed()
                     self._tell_journal(key)
                 _faults.reach("routing")
+                if self.session is not None and self.session.held_back:
+                    await self.session.room()
                 # An attempt counts once it is judged, so that a sibling's commit does not count one that a crash ends.
                 settled = True
                 self._attempting -= 1
@@ -380,8 +392,11 @@ class PlanRun:
             journal=journal,
             part=part,
             answered_at=self.answered.get(child, ""),
+            brought=self.brought if child not in self._given else frozenset(),
         )
         result = await self._worked(work, info)
+        if part is not None and part.resumed:  # it went on here, with what was brought
+            self._given.add(child)
         return result if part is None else with_part(result, part)
 
     async def _worked(self, work: PlanStep, info: AttemptInfo) -> StepExecutionResult:
@@ -405,7 +420,15 @@ class PlanRun:
     async def _judged(
         self, step: PlanStep, work: PlanStep, result: StepExecutionResult, journal: AttemptJournal | None
     ) -> Judgment | None:
-        """The judgement; ``None`` when the judge failed, which ends the run."""
+        """The judgement; ``None`` when the judge failed, or an effect of the attempt is unknown and its policy is
+        ``fail``, which ends the run. With ``ask`` the step is held instead: whatever a judge says of it, to accept it,
+        to replan or to try again, would forget the effect or make it twice."""
+        if journal is not None:
+            try:
+                await journal.settled()
+            except UnknownEffect as error:
+                self.stop(ExecutionStatus.FAILED, f"Step {step.id!r}: {error}", type(error).__name__)
+                return None
         if result.error_type == SUB_GRAPH_PAUSED and not result.success:
             return Judgment(action=JudgmentAction.ESCALATE, reasoning="Its sub-graph is paused", feedback=result.error)
         seen = work.model_copy(
@@ -510,6 +533,7 @@ class PlanRun:
                 "cost": round(result.cost, 12),
             }
             record |= {name: value for name, value in optional.items() if value}
+            record |= self.journals.unpriced()
             ends = self._nothing_left()
             progress = self._progress(step, RunState.COMPLETED if ends else None)
             await self.session.step_done(

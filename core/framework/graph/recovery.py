@@ -28,8 +28,10 @@ from framework.storage.records import RunRecord
 T = TypeVar("T")
 
 _PAGE = 500
-_MOST_DUE = 1000
-"""Runs that are due and taken at one look; the longest due come first."""
+_MOST_WOKEN = 1000
+"""Runs to resume that are looked for at one look; the longest due come first."""
+_MOST_ASKED_FOR = 50
+"""Wholes of parts that are read one by one at a look; with more of them all paused runs are listed, in pages."""
 _MOST_RUNNING = 1000
 """Running runs whose owners are looked at for life, the newest first; others are found when their leases end."""
 _DEEPEST = 100
@@ -59,7 +61,7 @@ def recoverable_runs(
     """
     crashed = [*_each(storage, RunState.CRASHED), *_orphans(storage)]
     found = sorted((run for run in crashed if _is_whole(run)), key=lambda run: (run.created_at, run.run_id))
-    found += woken_runs(storage)
+    found += woken_runs(storage, is_ours=is_ours)
     if failed:
         over = [run for run in _each(storage, RunState.FAILED) if _is_whole(run) and not is_given_up(run)]
         found += sorted(over, key=lambda run: (run.updated_at, run.run_id))
@@ -125,49 +127,89 @@ async def recover_run(
         return Recovered(run.run_id, "failed", error=mask_error(error))
 
 
-def woken_runs(storage: Storage) -> list[RunRecord]:
+def woken_runs(storage: Storage, *, is_ours: Callable[[RunRecord], bool] = lambda run: True) -> list[RunRecord]:
     """Paused runs to resume now, the longest paused first; parts of other runs are none.
 
     A run is one when the first of its sleeps and timeouts is over by the store's clock, also while others of its steps
     wait for a person, or when a message has come that one of its steps waits for. What a part of it waits for, as the
     run of a plan's sub-graph, wakes the whole, when that is paused for it. One that cannot be read is none: what
-    reads it for its own sake says why. Costs one query for those that are due, one for each 500 paused runs that have
-    messages, and for each of these its messages and its newest checkpoint, and of a part its whole's; other paused runs
-    cost nothing. Raises ``StorageError``.
+    reads it for its own sake says why. Runs that are not ``is_ours`` are passed over, and hide none: those that are due
+    are read in pages until a thousand are found. Costs one query for each 500 that are due, one for each 500 paused
+    runs that have messages, and for each of these its messages and its newest checkpoint, and of parts their wholes;
+    other paused runs cost nothing, unless parts of many wholes are due, when they are listed. Raises ``StorageError``.
     """
-    due = storage.list_due(limit=_MOST_DUE)
-    found = {run.run_id: run for run in due if _is_whole(run)}
-    parts = [run for run in due if not _is_whole(run)]
-    known = {run.run_id for run in due}
+    found: dict[str, RunRecord] = {}
+    known: set[str] = set()
+    wholes = _Wholes(storage)
+
+    def wake(run: RunRecord) -> None:
+        whole = run if _is_whole(run) else wholes.waiting_for(run)
+        if whole is not None and whole.run_id not in found and is_ours(whole):
+            found[whole.run_id] = whole
+
+    for run in _due(storage):
+        known.add(run.run_id)
+        wake(run)
+        if len(found) >= _MOST_WOKEN:
+            break
     for run in _messaged(storage):
         if run.run_id not in known and _is_answered(storage, run):
-            if _is_whole(run):
-                found[run.run_id] = run
-            else:
-                parts.append(run)
-    for part in parts:
-        whole = _waiting_whole(storage, part)
-        if whole is not None:
-            found[whole.run_id] = whole
+            wake(run)
     return sorted(found.values(), key=lambda run: (run.updated_at, run.run_id))
 
 
-def _waiting_whole(storage: Storage, part: RunRecord) -> RunRecord | None:
-    """The paused run that waits for what this part of it, or of a part of it, waits for; ``None`` without one.
+class _Wholes:
+    """The paused runs that parts belong to, as they are at one look: each is read once.
 
-    A whole that is paused for other reasons would be resumed again and again, with the part left as it is.
+    Parts of plans that have failed, or go on without them, stay paused and due. However many these are, a look costs
+    a few queries for them, not one for each.
     """
-    run = part
-    for _ in range(_DEEPEST):
-        above = storage.find_run(run.parent_run_id) if run.parent_run_id is not None else None
-        if above is None or above.state is not RunState.PAUSED:
-            return None
-        if not any(each.run == part.run_id for waits in _waits(storage, above).values() for each in waits):
-            return None
-        run = above
-        if _is_whole(run):
-            return run
-    return None
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._read: dict[str, RunRecord | None] = {}
+        self._parts: dict[str, frozenset[str]] = {}
+        self._has_all = False
+
+    def waiting_for(self, part: RunRecord) -> RunRecord | None:
+        """The paused run that waits for what this part of it, or of a part of it, waits for; ``None`` without one.
+
+        A whole that is paused for other reasons would be resumed again and again, with the part left as it is.
+        """
+        run = part
+        for _ in range(_DEEPEST):
+            above = self._paused(run.parent_run_id) if run.parent_run_id is not None else None
+            if above is None or part.run_id not in self._waited_for(above):
+                return None
+            run = above
+            if _is_whole(run):
+                return run
+        return None
+
+    def _paused(self, run_id: str) -> RunRecord | None:
+        if run_id not in self._read and not self._has_all:
+            if len(self._read) < _MOST_ASKED_FOR:
+                run = self._storage.find_run(run_id)
+                self._read[run_id] = run if run is not None and run.state is RunState.PAUSED else None
+            else:
+                self._read |= {run.run_id: run for run in _each(self._storage, RunState.PAUSED)}
+                self._has_all = True
+        return self._read.get(run_id)
+
+    def _waited_for(self, run: RunRecord) -> frozenset[str]:
+        if run.run_id not in self._parts:
+            waits = (each for step in _waits(self._storage, run).values() for each in step)
+            self._parts[run.run_id] = frozenset(each.run for each in waits if each.run)
+        return self._parts[run.run_id]
+
+
+def _due(storage: Storage) -> Iterator[RunRecord]:
+    last: RunRecord | None = None
+    while page := storage.list_due(limit=_PAGE, after=last):
+        yield from page
+        if len(page) < _PAGE:
+            return
+        last = page[-1]
 
 
 def _messaged(storage: Storage) -> Iterator[RunRecord]:

@@ -6,7 +6,10 @@ record, and that none is told what followed another way (docs/adr/0013-journal.m
 *Lanes.* Calls that follow each other in one task or thread are a lane. A lane is known by where it was begun (its
 parent lane and how many calls that had begun) and by what its first call asks; equal ones are counted. Call ``k`` of a
 lane is record ``k`` of that lane, if it asks the same. If not, the step has left its recorded way there: that record
-and everything that may depend on it (what began after it had ended) is dropped.
+and everything that may depend on it (what began after it had ended) is dropped. But equal lanes are counted as they
+come, which may be another order than before. So lanes that have asked the same so far are told apart only by what they
+ask next: one that asks what follows in another one is exchanged with it. What both were answered stays as it is: they
+asked the same, so it is as if the outside had answered one before the other.
 
 *Replay first.* Which lane waited for which cannot be seen: a task may be awaited, or told by a queue. But nothing that
 had ended before can depend on what had not. So records are given out in the order in which they had ended, and nothing
@@ -25,7 +28,6 @@ must not happen again.
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
@@ -81,7 +83,7 @@ class Lane:
     """A task or thread of this attempt: what its calls are known by, and how many it has begun.
 
     ``begun`` is after how many calls of its ``parent`` it was, and what it asked first; ``children`` are those that it
-    is the parent of.
+    is the parent of. ``asked`` is what each of its calls asked.
     """
 
     id: str
@@ -89,17 +91,24 @@ class Lane:
     parent: Lane | None = None
     begun: tuple[int, str, str] = (0, "", "")
     children: list[Lane] = field(default_factory=list)
+    asked: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
 class Arrival(Generic[Answer]):
-    """A call that is being made. ``found`` is its record, ``number`` that of the record or its own new one."""
+    """A call that is being made. ``found`` is its record, ``number`` that of the record or its own new one.
+
+    ``lane`` and ``index`` are its place in the records, which it keeps. ``by`` is the lane that makes it: another one
+    where that was exchanged since. A ``kin`` one asks what was recorded of a lane that its own may turn out to be.
+    """
 
     lane: str
     index: int
     key: CallKey
     number: int
     found: Begun[Answer] | None
+    by: Lane
+    kin: bool = False
     allowed: bool = False
     made: bool = False
     over: bool = False
@@ -111,13 +120,10 @@ class Arrival(Generic[Answer]):
 
 
 class Replay(Generic[Answer]):
-    """The recorded calls of a step, used up as the step makes them again. ``same`` compares two answers."""
+    """The recorded calls of a step, used up as the step makes them again."""
 
-    def __init__(
-        self, recorded: Iterable[Begun[Answer]] = (), same: Callable[[Answer, Answer], bool] = operator.eq
-    ) -> None:
+    def __init__(self, recorded: Iterable[Begun[Answer]] = ()) -> None:
         known = sorted(recorded, key=lambda each: each.number)
-        self._same = same
         self._unused = {each.number: each for each in known}
         self._all = {(each.lane, each.index): each for each in known}
         self._order = sorted((each for each in known if each.answer is not None), key=lambda each: each.end)
@@ -138,6 +144,12 @@ class Replay(Generic[Answer]):
             self._siblings.setdefault(_base(lane), []).append(lane)
         self._lanes: dict[str, Lane] = {}
         self._opened: dict[str, int] = {}
+        # Where a lane's call is recorded that was asked before the lane was exchanged: in that of the other one.
+        self._places: dict[tuple[str, int], str] = {}
+        self._gone: set[int] = set()
+        self._passed: list[Begun[Answer]] = []
+        # Calls that were made for their lane may be a recorded one; that answers have aged by, if it is not.
+        self._unsure: list[Arrival[Answer]] = []
         self._taken: dict[Hashable, set[int]] = {}
         self._lowest: dict[Hashable, int] = {}
         self._asking: dict[Hashable, list[int]] = {}
@@ -200,12 +212,23 @@ class Replay(Generic[Answer]):
         return self._numbered(ALONE + _id(name, request))
 
     def _numbered(self, base: str) -> Lane:
+        siblings = self._siblings.get(base, ())
+        recorded = (each for each in siblings if each not in self._lanes and self._recorded(each, 0) is not None)
+        if (lane := next(recorded, None)) is not None:
+            return self._open(lane)
         number = self._opened.get(base, 1)
         while f"{base}.{number}" in self._lanes:
             number += 1
-        if base not in self._siblings:  # lanes that may be exchanged free their numbers
+        if not siblings:  # lanes that may be exchanged free their numbers
             self._opened[base] = number + 1
         return self._open(f"{base}.{number}")
+
+    def _further(self, base: str) -> str:
+        """A lane that neither is recorded nor has come."""
+        number = 1
+        while (lane := f"{base}.{number}") in self._lanes or lane in self._siblings.get(base, ()):
+            number += 1
+        return lane
 
     def _open(self, lane_id: str) -> Lane:
         lane = self._lanes[lane_id] = Lane(lane_id)
@@ -216,22 +239,27 @@ class Replay(Generic[Answer]):
     def arrive(self, lane: Lane, name: str, request: str, number: int) -> Arrival[Answer]:
         """A call begins; it has ``number`` when it has no record. See ``turn`` for what to do with it."""
         index = lane.count
-        found = self._recorded(lane, index)
+        found = self._recorded(lane.id, index)
         if found is None or found.key.asks != (name, request):
             other = self._exchanged(lane, index, (name, request))
-            if other is None and found is not None and not self._stands_aside(lane, index):
+            if other is None and found is not None and not self._stands_aside(lane, index, found):
                 self._drop([found])
             found = other
+        at = self._places.get((lane.id, index), lane.id)
         lane.count += 1
+        lane.asked.append((name, request))
+        if found is not None and not all(map(_is_moved, self._unsure)):
+            self._age()
+            found = found if found.number in self._unused else None
         if found is not None and found.answer and not found.steady and self.live and not self._follows(found):
             self._drop([found], aged=True)
             found = None
         if found is None:
-            return Arrival(lane.id, index, self._new_key(name, request), number, None)
+            return Arrival(at, index, self._new_key(name, request), number, None, lane)
         if found.answer is None:
             del self._unused[found.number]
         self._arrived.add(found.number)
-        return Arrival(lane.id, index, found.key, found.number, found)
+        return Arrival(at, index, found.key, found.number, found, lane)
 
     def turn(self, call: Arrival[Answer]) -> Turn:
         """What is to be done with a call now: give it the answer of its record, make it, or wait."""
@@ -240,9 +268,12 @@ class Replay(Generic[Answer]):
             if found.number in self._unused:
                 first = self._first()
                 fits = self.live or call.allowed or first is None or (first is found and self._have_come(found.end))
-                return "answer" if fits or (found.loose and self._follows(found)) else "wait"
+                fits = fits or self._is_due(call) or (found.loose and self._follows(found))
+                return "answer" if fits else "wait"
             call.found, call.number = None, 0  # dropped while it waited
         if self.live or call.allowed or self._first() is None or (not call.over and self.holds_answers(call)):
+            return "make"
+        if self._is_due(call):
             return "make"
         return "wait"
 
@@ -274,8 +305,10 @@ class Replay(Generic[Answer]):
         """A call is over. What it came to, if it was made, may change whatever comes now: no answer fits any more."""
         self._made = self._made or call.made
         if call.made and call.found is None:  # one that was in flight before is nothing that others can have known of
-            aged = self._unused.values()
-            self._drop((each for each in aged if each.answer is not None and not each.steady), aged=True)
+            if call.kin:
+                self._unsure.append(call)
+            elif not _is_moved(call):
+                self._age()
         elif call.is_answered:  # given up while it waited, so its task knows something else now
             self._drop(each for each in (call.found,) if each is not None)
 
@@ -283,8 +316,10 @@ class Replay(Generic[Answer]):
         """Nothing more comes by itself: let one of the calls that wait go on, or all.
 
         First the one whose turn it is, from now on without what had only begun before. Then one that only another's
-        answer was to come before, which it did not depend on. Then those that were in flight before: no recorded answer
-        can depend on them. If there is none, the step takes another way: from now on calls are made.
+        answer was to come before, which it did not depend on. Then, where a lane gave way to one that has not come, one
+        of a lane that may be that one, as long as nothing was made. Then those that were in flight before: no recorded
+        answer can depend on them; and new ones of lanes that may be recorded ones. If there is none, the step takes
+        another way: from now on calls are made.
         """
         waiting = list(waiting)
         first = self._first()
@@ -297,12 +332,22 @@ class Replay(Generic[Answer]):
         if fit:
             min(fit, key=lambda call: call.found.end if call.found is not None else 0).allowed = True
             return
+        passed = [each for each in self._passed if each.number in self._unused and each.number not in self._arrived]
+        if passed and not self._made:
+            like = [call for call in held if not call.allowed and self._is_kin(call)]
+            if like:
+                min(like, key=lambda call: call.found.end if call.found is not None else 0).allowed = True
+                return
         flying = [call for call in waiting if call.found is not None and not call.is_answered and not call.allowed]
-        if flying:
-            for call in flying:
+        kin = [call for call in waiting if call.found is None and not call.allowed and self._is_kin(call)]
+        if flying or kin:
+            for call in (*flying, *kin):
                 call.allowed = True
+            for call in kin:
+                call.kin = True
             return
         self.live = True
+        self._drop(passed)
         self._drop((call.found for call in held if call.found is not None and not call.found.steady), aged=True)
 
     def give_up(self) -> None:
@@ -311,12 +356,21 @@ class Replay(Generic[Answer]):
 
     # --- inside -------------------------------------------------------------------------------------------------
 
-    def _recorded(self, lane: Lane, index: int) -> Begun[Answer] | None:
-        found = self._all.get((lane.id, index))
+    def _at(self, lane: str, index: int) -> Begun[Answer] | None:
+        """What is recorded of a call of a lane, used or not."""
+        found = self._all.get((self._places.get((lane, index), lane), index))
+        return found if found is not None and found.number not in self._gone else None
+
+    def _age(self) -> None:
+        """Give up the answers that what was made now may have changed."""
+        self._drop((each for each in self._unused.values() if each.answer and not each.steady), aged=True)
+
+    def _recorded(self, lane: str, index: int) -> Begun[Answer] | None:
+        found = self._at(lane, index)
         return found if found is not None and found.number in self._unused else None
 
     def _exchanged(self, lane: Lane, index: int, asks: tuple[str, str]) -> Begun[Answer] | None:
-        """The record of a lane like this one, which has asked and been answered the same so far, and then asked this.
+        """The record of a lane like this one, which has asked the same so far, and then asked this.
 
         Tasks and threads that begin alike are numbered as they come, which may be in another order than before. The two
         lanes are exchanged then, with the tasks that each has begun; or those that they were begun by are.
@@ -325,14 +379,29 @@ class Replay(Generic[Answer]):
             return None
 
         def fits(other: str) -> bool:
-            found = self._all.get((other, index))
-            return found is not None and found.number in self._unused and found.key.asks == asks
+            found = self._recorded(other, index)
+            return found is not None and found.key.asks == asks and found.number not in self._arrived
 
-        return self._all[lane.id, index] if self._exchange_with(lane, fits) else None
+        return self._recorded(lane.id, index) if self._exchange_with(lane, fits) else None
 
-    def _stands_aside(self, lane: Lane, index: int) -> bool:
-        """Exchange a lane, which asks what is not recorded, with one like it of which nothing further is."""
-        return bool(index) and self._exchange_with(lane, lambda other: (other, index) not in self._all)
+    def _stands_aside(self, lane: Lane, index: int, found: Begun[Answer]) -> bool:
+        """Exchange a lane, which asks another thing than ``found``, with one like it of which nothing further is
+        recorded; that may be one that has not come yet. If none comes, the step has taken another way."""
+        if not index or lane.parent is None:
+            return False
+        if self._exchange_with(lane, lambda other: self._at(other, index) is None):
+            self._passed.append(found)
+            return True
+        if self.live:
+            return False
+        base = _base(lane.id)
+        for other in [*(each.id for each in lane.parent.children if _base(each.id) == base), self._further(base)]:
+            pairs = self._pairs(lane.id, other, {}) if other != lane.id and self._at(other, index) is None else None
+            if pairs is not None:
+                self._exchange(pairs)
+                self._passed.append(found)
+                return True
+        return False
 
     def _exchange_with(self, lane: Lane, fits: Callable[[str], bool]) -> bool:
         mine = _line(lane)
@@ -364,7 +433,7 @@ class Replay(Generic[Answer]):
         """
         one, two = self._lanes.get(mine), self._lanes.get(other)
         count = max(each.count if each is not None else 0 for each in (one, two))
-        if not all(self._are_alike(mine, other, index) for index in range(count)):
+        if not all(self._ask_alike(mine, other, index) for index in range(count)):
             return None
         pairs, taken = [(mine, other)], set[str]()
         for owner, its in ((one, other), (two, mine)):
@@ -381,7 +450,8 @@ class Replay(Generic[Answer]):
     def _pair(self, child: Lane, base: str, known: Mapping[str, str], taken: set[str]) -> list[tuple[str, str]] | None:
         wanted = known.get(child.id)
         number = child.id.rpartition(".")[2]
-        others = [wanted] if wanted is not None else [f"{base}.{number}", *self._siblings.get(base, ())]
+        likely = [f"{base}.{number}", *self._siblings.get(base, ()), self._further(base)]
+        others = [wanted] if wanted is not None else likely
         for other in others:
             found = self._pairs(child.id, other, known) if other not in taken and _base(other) == base else None
             if found is not None:
@@ -393,21 +463,34 @@ class Replay(Generic[Answer]):
             one, two = self._lanes.pop(mine, None), self._lanes.pop(other, None)
             for index in range(max(each.count if each is not None else 0 for each in (one, two))):
                 here, there = (mine, index), (other, index)
-                self._all[here], self._all[there] = self._all[there], self._all[here]
+                at = self._places.get(here, mine)
+                self._places[here], self._places[there] = self._places.get(there, other), at
             for lane, lane_id in ((one, other), (two, mine)):
                 if lane is not None:
                     lane.id, self._lanes[lane_id] = lane_id, lane
 
-    def _are_alike(self, one: str, other: str, index: int) -> bool:
-        mine, its = self._all.get((one, index)), self._all.get((other, index))
-        return (
-            mine is not None
-            and its is not None
-            and mine.key.asks == its.key.asks
-            and mine.answer is not None
-            and its.answer is not None
-            and self._same(mine.answer[0], its.answer[0])
-        )
+    def _ask_alike(self, one: str, other: str, index: int) -> bool:
+        """Whether nothing is known of a call of two lanes by which they differ: neither recorded nor asked now."""
+        found = (self._at(one, index), self._at(other, index))
+        asked = {each.key.asks for each in found if each is not None}
+        lanes = (self._lanes.get(one), self._lanes.get(other))
+        return len(asked | {each.asked[index] for each in lanes if each is not None and index < each.count}) <= 1
+
+    def _is_due(self, call: Arrival[Answer]) -> bool:
+        """Whether the call of a lane that was exchanged is late: its answer takes the place of one that was given to
+        the other lane, and that one's turn is over."""
+        if not _is_moved(call):
+            return False
+        other = self._all.get((call.by.id, call.index))
+        return other is None or other.number not in self._unused
+
+    def _is_kin(self, call: Arrival[Answer]) -> bool:
+        """Whether its lane may turn out to be a recorded one, which asked the same there."""
+        mine = _line(call.by)
+        lines = (line[-1] for line in self._like(mine) if line[-1] != call.by.id)
+        found = (self._all.get((other, call.index)) for other in lines)
+        asked = (each.key.asks for each in found if each is not None and each.number not in self._gone)
+        return call.key.asks in asked
 
     def _first(self) -> Begun[Answer] | None:
         """The record that is to be given out next."""
@@ -459,6 +542,7 @@ class Replay(Generic[Answer]):
             for number in list(gone):
                 gone |= {each.number: each for each in self._within(number)}
         self.dropped += sorted(gone.values(), key=lambda each: each.number)
+        self._gone |= gone.keys()
         for number, each in gone.items():
             del self._unused[number]
             if number not in self._arrived:  # whose call keeps its key
@@ -481,6 +565,11 @@ class Replay(Generic[Answer]):
 def _line(lane: Lane) -> list[Lane]:
     """A lane after those that it was begun by."""
     return [lane] if lane.parent is None else [*_line(lane.parent), lane]
+
+
+def _is_moved(call: Arrival[Answer]) -> bool:
+    """Whether its lane was exchanged since, or before for the calls up to this."""
+    return call.lane != call.by.id
 
 
 def _base(lane: str) -> str:

@@ -11,7 +11,7 @@ from framework.graph import plan_planner as plans
 from framework.graph import planner, suspension
 from framework.graph.cancelling import was_let_go
 from framework.graph.edge import GraphSpec
-from framework.graph.journal_rows import ANSWERED, settle_message
+from framework.graph.journal_rows import ANSWERED
 from framework.graph.plan import Plan, StepStatus
 from framework.graph.plan_state import PlanState
 from framework.graph.readable import readable_state
@@ -292,17 +292,17 @@ def _from_its_start(run: StoredRun, view: StepView) -> str:
     done = sum(1 for state in states if state in ANSWERED)
     begun = sum(1 for state in states if state in ("begun", "running"))
     unknown = sum(1 for state in states if state == "unknown")
+    settled = sum(1 for state in states if state == "settled")
     parts = [f"{_counted(done, 'recorded call')} answered from the journal"] if done else []
     parts += [f"{_counted(begun, 'call')} in flight made again, with the same idempotency key"] if begun else []
     parts += [f"the effect of {_counted(unknown, 'call')} unknown"] if unknown else []
+    parts += [f"{_counted(settled, 'call')} taken as settled"] if settled else []
     return f"runs again, from its start; {', '.join(parts) or 'no call of it is recorded'}"
 
 
 def _unknown(run: StoredRun) -> list[str]:
     """Calls whose effects are unknown and have not been settled."""
-    left = {message.name for message in run.messages}
-    unknown = [call for call in run.calls if call.state == "unknown"]
-    return [call.id for call in unknown if settle_message(call.step, {"n": call.number, "at": call.at}) not in left]
+    return [call.id for call in run.calls if call.state == "unknown"]
 
 
 def waits_of(body: Mapping[str, Any]) -> dict[str, list[suspension.Waiting]]:

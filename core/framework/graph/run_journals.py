@@ -14,6 +14,7 @@ from framework.graph.journal_llm import JournaledLLM
 from framework.graph.node_base import NodeContext
 from framework.graph.run_session import RunSession
 from framework.graph.spending import NOTHING, Spent
+from framework.llm.prices import cost_of_call
 
 
 @dataclass(slots=True)
@@ -42,10 +43,12 @@ class RunJournals:
     _left: dict[str, Spent] = field(default_factory=dict)
     _parts: dict[str, PartAccount] = field(default_factory=dict)
     _gate: BudgetGate | None = None
+    _unpriced: str | None = None
 
     def __post_init__(self) -> None:
         if self.session is not None:
             self._left = self.session.journal_spent
+            self._unpriced = self.session.unpriced
 
     @property
     def unfinished(self) -> Spent:
@@ -78,8 +81,20 @@ class RunJournals:
     def _gate_of(self, totals: Any) -> BudgetGate | None:
         if self._gate is None and self.is_limited:
             budget = self.budget or RunBudget()
-            self._gate = BudgetGate(self.run_id, budget, lambda: totals.spent + self.unfinished, self.whole)
+            # Somebody may have registered the price since.
+            known = self._unpriced is None or cost_of_call(self._unpriced, 0, 0) is not None
+            unpriced = None if known else self._unpriced
+            self._gate = BudgetGate(self.run_id, budget, lambda: totals.spent + self.unfinished, self.whole, unpriced)
         return self._gate
+
+    def unpriced(self) -> dict[str, Any]:
+        """What the next record of the run says besides: a model that was asked and whose price is not known. Once, as
+        a later process looks through all records; until then the journals of unfinished steps tell."""
+        found = self._gate.unpriced if self._gate is not None else None
+        if found is None or found == self._unpriced:
+            return {}
+        self._unpriced = found
+        return {"unpriced": found}
 
     def part(self, step: str, counted: Spent, totals: Any, stored: Spent = NOTHING) -> PartAccount:
         """A new account of what runs inside an attempt of the step ``step`` take, until ``part_counted``. ``counted``
@@ -156,9 +171,11 @@ class RunJournals:
                 found.journal.counted = found.journal.last
 
     def counting(self, step: str) -> dict[str, Any]:
-        """What the record of a failed attempt of the step says besides: up to which call it counts what calls took."""
+        """What the record of a failed attempt of the step says besides: up to which call it counts what calls took, and
+        as of ``unpriced``."""
         found = self._open.get(step)
-        return {"journaled": [step, found.journal.counted]} if found is not None and found.journal.counted else {}
+        counted = found.journal.counted if found is not None else 0
+        return ({"journaled": [step, counted]} if counted else {}) | self.unpriced()
 
     async def afresh(self, step: str, llm: Any, visit: Any) -> Any:
         """The model for the way on from a step that failed, in a journal that begins afresh; ``None`` without one.

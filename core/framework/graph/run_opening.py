@@ -69,6 +69,8 @@ class Restored:
     """The steps that have journal rows, and what their questions to models took that no record counts yet."""
     journal_counted: Mapping[str, int] = field(default_factory=dict)
     """Up to which number of a call the records count what calls took, by step."""
+    unpriced: str | None = None
+    """A model that the run has asked and whose price was not known."""
 
     @property
     def rewinds(self) -> bool:
@@ -120,9 +122,17 @@ def open_run(
         if restored.rewinds:
             storage.rewind(record.run_id, record.token, restored.checkpoint_sequence)
         state = _as_told(record.state, restored.body, [*restored.records, *restored.later])
-        counted = counted_calls([*restored.records, *restored.later])
-        journal = {} if record.state is RunState.COMPLETED else _journal(storage, record.run_id, counted)
-        return record, replace(restored, found=state, error=record.error, journal=journal, journal_counted=counted)
+        records = [*restored.records, *restored.later]
+        counted = counted_calls(records)
+        rows = {} if record.state is RunState.COMPLETED else _journal(storage, record.run_id)
+        return record, replace(
+            restored,
+            found=state,
+            error=record.error,
+            journal={step: journal_rows.fold(each, counted.get(step, 0)).spent for step, each in rows.items()},
+            journal_counted=counted,
+            unpriced=_unpriced(records, rows),
+        )
     raise ResumeError(new.run_id, f"Run {new.run_id!r} kept changing while it was being claimed; call again.")
 
 
@@ -161,13 +171,16 @@ def counted_calls(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return counted
 
 
-def _journal(storage: Storage, run_id: str, counted: Mapping[str, int]) -> dict[str, Spent]:
+def _journal(storage: Storage, run_id: str) -> dict[str, list[journal_rows.Row]]:
     """Read after the run was claimed: until then its last owner may write. Damage is told when a step reads its own."""
     rows = storage.read_journal(run_id, on_damage=lambda item: None)
-    return {
-        step: journal_rows.fold(journal_rows.parse(group, lenient=True), counted.get(step, 0)).spent
-        for step, group in groupby(rows, key=lambda row: row.step)
-    }
+    return {step: journal_rows.parse(group, lenient=True) for step, group in groupby(rows, key=lambda row: row.step)}
+
+
+def _unpriced(records: Sequence[Mapping[str, Any]], journal: Mapping[str, Sequence[journal_rows.Row]]) -> str | None:
+    """The last model that records tell of as without a known price, or one that a recorded reply is of."""
+    told = next((str(record["unpriced"]) for record in reversed(records) if "unpriced" in record), None)
+    return next((found for rows in journal.values() if (found := journal_rows.unpriced_of(rows))), told)
 
 
 def read_run(storage: Storage, run_id: str) -> Restored:

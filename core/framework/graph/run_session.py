@@ -82,6 +82,7 @@ async def open_session(
     (nothing is recorded then), ``UnknownType``, ``StorageError``.
     """
     committer = committer_of(storage)
+    await committer.back_pressure.room()
     tracker = StateTracker(definition.append_only)
     memory = SharedMemory()
     for key, value in initial.items():
@@ -111,7 +112,10 @@ async def open_session(
     allow_change = config.definition_change == "allow"
     try:
         record, restored = await wait_for(
-            committer.call(lambda store: open_run(store, new, owner, lease, definition, allow_change))
+            committer.call(
+                lambda store: open_run(store, new, owner, lease, definition, allow_change),
+                size=sum(len(chunk.data) for chunk in staged.chunks),
+            )
         )
     except BaseException:
         retire(owner)
@@ -164,6 +168,7 @@ class RunSession:
         self._journaled: set[str] = set()
         self._journal_spent: dict[str, Spent] = {}
         self._journal_counted: Mapping[str, int] = {}
+        self._unpriced: str | None = None
         self._rewound = False
         self._journal_done: list[str] = []
         self._inbox = Inbox(run.run_id, run.token)
@@ -193,6 +198,7 @@ class RunSession:
         self._journaled.update(restored.journal)
         self._journal_spent = {step: spent for step, spent in restored.journal.items() if spent is not NOTHING}
         self._journal_counted = restored.journal_counted
+        self._unpriced = restored.unpriced
         self._rewound = restored.rewinds
         self._saved_step = int(restored.body.get("step_number") or 0)
         if restored.rewinds:
@@ -332,6 +338,11 @@ class RunSession:
         return self._journal_counted
 
     @property
+    def unpriced(self) -> str | None:
+        """A model that processes before have asked in the run and whose price was not known."""
+        return self._unpriced
+
+    @property
     def journal_spent(self) -> dict[str, Spent]:
         """What questions to models took that are in the journals found on a resume, by step."""
         return self._journal_spent
@@ -380,6 +391,24 @@ class RunSession:
         """
         self._checked = None
         self._checked = (dict(scopes), self._tracker.stage(scopes))
+
+    @property
+    def held_back(self) -> bool:
+        """Whether so much waits for the store, over all runs of this process, that no further commit is to be made."""
+        return self._committer.back_pressure.full
+
+    async def room(self) -> None:
+        """Return once a commit may be made: for a step that is over and not encoded yet.
+
+        A cancellation lets it go on at once, and is raised where the step waits next: its commit is not left out.
+        """
+        try:
+            await self._committer.back_pressure.room()
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            assert task is not None
+            task.uncancel()  # counted once, for whoever cancelled it
+            task.cancel(*error.args)
 
     async def step_done(
         self,

@@ -153,7 +153,7 @@ def view_run(
     Damage is told in the view. The cost grows with the run's log and its present state, not with the number of its
     checkpoints times their size. Raises ``RunNotFound``; ``StorageError`` when the record itself cannot be read.
     """
-    run = read_stored(storage, run_id)
+    run = read_stored(storage, run_id, clock)
     record = run.record
     steps = plan_steps(run) if run.is_plan else graph_steps(run)
     position = run.body.get("position") or {}

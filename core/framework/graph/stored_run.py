@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -69,8 +70,9 @@ class StoredRun:
         return [*self.records, *self.later]
 
 
-def read_stored(storage: Storage, run_id: str) -> StoredRun:
-    """The run as it is. Raises ``RunNotFound``, ``StorageError`` when its record itself cannot be read.
+def read_stored(storage: Storage, run_id: str, clock: Callable[[], float] = time.time) -> StoredRun:
+    """The run as it is by ``clock`` (seconds since the epoch). Raises ``RunNotFound``, ``StorageError`` when its record
+    itself cannot be read.
 
     A run that goes on meanwhile is read again, a few times, to be seen at one moment. One that is seen to commit each
     time may be shown with steps newer than its record; but never as it stood before its owner gave it up, since an
@@ -80,7 +82,7 @@ def read_stored(storage: Storage, run_id: str) -> StoredRun:
         record = storage.find_run(run_id)
         if record is None:
             raise RunNotFound(run_id)
-        found = _read(storage, record)
+        found = _read(storage, record, clock())
         now = storage.find_run(run_id)
         if now is None or (now.sequence, _held(now)) == (record.sequence, _held(record)):
             break
@@ -94,7 +96,7 @@ def _held(record: RunRecord) -> tuple[RunState, str | None, int]:
     return record.state, record.owner, record.token
 
 
-def _read(storage: Storage, record: RunRecord) -> StoredRun:
+def _read(storage: Storage, record: RunRecord, now: float) -> StoredRun:
     run_id = record.run_id
     damage: list[Damage] = []
     header = _guarded(lambda: readable(plain_json(record.header or b"{}")), damage, record, "header") or {}
@@ -129,7 +131,7 @@ def _read(storage: Storage, record: RunRecord) -> StoredRun:
         sent = _guarded(lambda part=part: storage.read_messages(part), damage, record, f"messages to {part}")
         left[part] = frozenset(message.name for message in sent or ())
     state = effective_state(record)
-    calls = _guarded(lambda: _calls(storage, record, state, damage), damage, record, "journal")
+    calls = _guarded(lambda: _calls(storage, record, state, left[run_id], now, damage), damage, record, "journal")
     chosen = row.sequence if row is not None else 0
     return StoredRun(
         record=record,
@@ -152,8 +154,16 @@ def _read(storage: Storage, record: RunRecord) -> StoredRun:
     )
 
 
-def _calls(storage: Storage, record: RunRecord, state: RunState, damage: list[Damage]) -> list[CallRecord]:
+def _calls(
+    storage: Storage,
+    record: RunRecord,
+    state: RunState,
+    messages: Container[str],
+    now: float,
+    damage: list[Damage],
+) -> list[CallRecord]:
     found: list[CallRecord] = []
+    running = state is RunState.RUNNING
     rows = storage.read_journal(record.run_id, on_damage=damage.append)
     for step, group in groupby(rows, key=lambda row: row.step):
         parsed = [
@@ -161,7 +171,7 @@ def _calls(storage: Storage, record: RunRecord, state: RunState, damage: list[Da
             for row in group
         ]
         known = [each for each in parsed if each is not None]
-        found += journal_rows.describe(step, known, running=state is RunState.RUNNING)
+        found += journal_rows.describe(step, known, running=running, messages=messages, now=now)
     return found
 
 

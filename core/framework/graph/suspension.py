@@ -24,7 +24,8 @@ class Waiting:
     ``question`` says what is not known, of a sleep why, when that is another process's work. ``refused`` says why the
     node did not take the last answer to the question. ``run`` is the id of the run that waits, empty for the step's
     own: a plan's step waits for what the run of its sub-graph waits for. Only there ``input`` is met: a person is asked
-    at the node ``name`` of that run, at the checkpoint ``call``, and the plan's next call goes on from there.
+    at the node ``name`` of that run, at the checkpoint ``call``, and the plan's next call goes on from there; or that
+    run was cancelled, which ``question`` says, and goes on with that call.
     """
 
     kind: WaitKind
@@ -66,7 +67,7 @@ class Waiting:
                 refused = f"; the last answer was refused: {self.refused}" if self.refused else ""
                 return f"asks {self.question!r} (question {self.name!r}){refused}"
             case "input":
-                return f"asks a person for input at {self.name!r}"
+                return self.question or f"asks a person for input at {self.name!r}"
             case _:
                 return f"waits for {self.name!r} to be settled: {self.question}"
 

@@ -17,17 +17,19 @@ from framework.errors import LLMError, RunBusy, UnstorableValue
 from framework.graph.budget import PartAccount
 from framework.graph.calls import KEY, StepThreads, tokens_of, tool_takes_key
 from framework.graph.checkpoint_manager import CheckpointManager
-from framework.graph.child_runs import PausedPart, paused_part, spent_by
+from framework.graph.child_runs import PausedPart, cancelled_part, paused_part, spent_by
 from framework.graph.code_checks import needed_names
 from framework.graph.code_sandbox import CodeSandbox
 from framework.graph.journal import AttemptJournal, CallSpec, request_hash
+from framework.graph.journal_lanes import whole_step
 from framework.graph.journal_llm import JournaledLLM, check_outcome, policy_of
 from framework.graph.journal_rows import Policy
 from framework.graph.json_reply import widest_braces
 from framework.graph.node_base import is_infrastructure_error
 from framework.graph.plan import ActionType, PlanStep
-from framework.graph.references import call_arguments, own_copy
+from framework.graph.references import MissingReference, call_arguments, own_copy, resolve
 from framework.graph.run_commits import wait_for
+from framework.graph.run_messages import CANCELLED_ON_REQUEST
 from framework.graph.suspension import Waiting
 from framework.graph.text import fill_placeholders, shorten, text_of
 from framework.graph.worker_errors import error_text, transient_kind
@@ -35,7 +37,9 @@ from framework.llm.calls import ask, cost_of, method_of
 from framework.llm.provider import Tool, ToolUse
 from framework.llm.stops import stopped_short
 from framework.llm.tool_loop import paid_before
+from framework.storage import codec
 from framework.storage.committer import committer_of
+from framework.storage.interface import Storage
 
 _FENCE = re.compile(r"```[\w+-]*[ \t]*\r?\n?(.*?)```", re.DOTALL)
 _UNPARSED = object()
@@ -83,6 +87,8 @@ class AttemptInfo:
     """How what a sub-graph takes counts with the plan; it is open while the worker works."""
     answered_at: str = ""
     """The checkpoint at which the sub-graph's run waited for a person, when one who was told has called again."""
+    brought: frozenset[str] = frozenset()
+    """The names of the context that the plan's caller gave other values, which the sub-graph's run has not yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +340,8 @@ async def _tool_function(resources: Resources, name: str, args: dict[str, Any], 
         return failure(problem, "invalid_action", "tool_use")
 
     async def make(key: str) -> Any:
-        return mask_value(await _call(resources, work, known, **given))
+        with whole_step(work.info.idempotency_key):
+            return mask_value(await _call(resources, work, known, **given))
 
     tool = resources.tools.get(name)
     policy = resources.policies.get(name) or (policy_of(tool) if tool is not None else "rerun")
@@ -383,7 +390,8 @@ async def function(resources: Resources, work: Work) -> StepExecutionResult:
         return failure(problem_, "invalid_action", "function")
 
     async def make(key: str) -> Any:
-        return await _call(resources, work, known, **given)
+        with whole_step(work.info.idempotency_key):
+            return await _call(resources, work, known, **given)
 
     policy = resources.policies.get(name, "rerun")
     try:
@@ -408,23 +416,28 @@ async def sub_graph(resources: Resources, work: Work) -> StepExecutionResult:
         )
         return failure(problem, "configuration", "sub_graph")
     manager = manager_of(registered) if registered is not None and work.info.child_run_id is not None else None
-    paused: PausedPart | None = None
+    inputs = work.inputs
     try:
         if manager is not None:
-            paused = await _paused(manager, work.info)
+            begun, paused = await _found(manager, work.info)
+            if begun and not work.step.requires_approval:  # else a person has seen what it is given now
+                inputs = _brought(work)
             if paused is not None and not paused.may_go_on(work.info.answered_at):
                 # It waits since before: to execute it would be taken for a person's answer.
                 return _held(graph_id, work.info, paused, await _spent_since(manager, work.info))
         if registered is not None:
-            outcome = await _call(resources, work, _child, registered, work)
+            outcome = await _call(resources, work, _child, registered, work, inputs)
         else:
             assert resources.sub_graph_executor is not None
             given = (graph_id, work.inputs, _copied(work.context))
             outcome = await _call(resources, work, resources.sub_graph_executor, *given)
         if manager is not None and isinstance(getattr(outcome, "paused_at", None), str):
-            paused = await _paused(manager, work.info)
+            _, paused = await _found(manager, work.info)
             if paused is not None:
                 return _held(graph_id, work.info, paused, _newly_spent(outcome, work.info))
+        if manager is not None and outcome.error == CANCELLED_ON_REQUEST:  # by itself: the plan would not be here
+            left = PausedPart((cancelled_part(str(work.info.child_run_id)),), False)
+            return _held(graph_id, work.info, left, _newly_spent(outcome, work.info))
     except RunBusy as busy:
         if manager is None or busy.run_id != work.info.child_run_id:
             return failure_of(busy, "sub_graph_exception", "sub_graph")
@@ -462,10 +475,32 @@ def manager_of(registered: SubGraph) -> CheckpointManager | None:
     return manager if isinstance(manager, CheckpointManager) and manager.config.enabled else None
 
 
-async def _paused(manager: CheckpointManager, info: AttemptInfo) -> PausedPart | None:
+async def _found(manager: CheckpointManager, info: AttemptInfo) -> tuple[bool, PausedPart | None]:
+    """Whether the graph's run has begun, and as what it waits."""
     run_id, store = str(info.child_run_id), committer_of(manager.storage)
     soon = manager.config.sleep_in_process_seconds  # in which it is waited for without pausing
-    return await wait_for(store.call(lambda storage: paused_part(storage, run_id, time.time() + soon)))
+
+    def look(storage: Storage) -> tuple[bool, PausedPart | None]:
+        return storage.find_run(run_id) is not None, paused_part(storage, run_id, time.time() + soon)
+
+    return await wait_for(store.call(look))
+
+
+def _brought(work: Work) -> dict[str, Any]:
+    """The inputs of a run that goes on: it keeps those it began with, whatever other steps wrote since, but for what
+    the plan's caller brings. Anything else would change under it, and be taken for a person's answer."""
+    without = {name: value for name, value in work.context.items() if name not in work.info.brought}
+    if len(without) == len(work.context):
+        return {}
+    found = {}
+    for name, value in work.step.inputs.items():
+        try:
+            same = codec.same(resolve(value, without, work.outputs), work.inputs[name])
+        except MissingReference:
+            same = False
+        if not same:
+            found[name] = work.inputs[name]
+    return found
 
 
 async def _spent_since(manager: CheckpointManager, info: AttemptInfo) -> tuple[int, float]:
@@ -497,11 +532,11 @@ def _copied(context: Mapping[str, Any]) -> dict[str, Any]:
     return {name: own_copy(value)[0] for name, value in context.items()}
 
 
-async def _child(registered: SubGraph, work: Work) -> Any:
+async def _child(registered: SubGraph, work: Work, inputs: Mapping[str, Any]) -> Any:
     ids: dict[str, Any] = {}
     if work.info.child_run_id is not None:
         ids = {"run_id": work.info.child_run_id, "parent_run_id": work.info.run_id}
-    child = registered.executor.execute(registered.graph, registered.goal, dict(work.inputs), **ids)
+    child = registered.executor.execute(registered.graph, registered.goal, dict(inputs), **ids)
     # A task of its own, so that what the runtime takes as the current run is not mixed up.
     return await asyncio.create_task(child)
 

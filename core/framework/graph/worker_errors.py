@@ -28,7 +28,19 @@ _BY_NAME = {
     "NetworkError": CONNECTION,
     "ServiceUnavailableError": CONNECTION,
     "ServiceUnavailable": CONNECTION,
+    "ChunkedEncodingError": CONNECTION,
+    "ClientConnectionError": CONNECTION,
+    "ClientPayloadError": CONNECTION,
+    "ConnectTimeoutError": TIMEOUT,
+    "ConnectionError": CONNECTION,
+    "IncompleteRead": CONNECTION,
+    "NewConnectionError": CONNECTION,
+    "ReadTimeoutError": TIMEOUT,
+    "RemoteProtocolError": CONNECTION,
+    "TimeoutError": TIMEOUT,
 }
+# Of which others have a class of the same name that means something else: with the package.
+_BY_PACKAGE = {("urllib3", "ProtocolError"): CONNECTION, ("urllib3", "MaxRetryError"): CONNECTION}
 _UNREACHABLE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN})
 
 
@@ -49,6 +61,9 @@ def transient_kind(error: BaseException) -> str | None:
     for cls in type(error).__mro__:
         if cls.__name__ in _BY_NAME:
             return _BY_NAME[cls.__name__]
+        kind = _BY_PACKAGE.get((cls.__module__.partition(".")[0], cls.__name__))
+        if kind is not None:
+            return kind
     return None
 
 

@@ -22,7 +22,8 @@ from urllib.parse import quote
 
 from framework._secrets import mask
 from framework.errors import ToolError, ToolOutcomeUnknown
-from framework.graph.journal import current_idempotency_key
+from framework.graph.calls import KEY
+from framework.graph.journal import tool_key
 from framework.llm.provider import Tool, ToolResult
 from framework.runner.loop_thread import LoopThread
 from framework.runner.mcp_config import ServerConfig
@@ -79,7 +80,8 @@ class McpServers:
         async def call(arguments: dict[str, Any]) -> Any:
             if self._closed:
                 raise _closed_error(server.config)
-            return await self._loop.wait(server.call(name, arguments, current_idempotency_key()))
+            key = str(arguments[KEY]) if KEY in arguments else tool_key(name, arguments)
+            return await self._loop.wait(server.call(name, arguments, key))
 
         policy = server.config.policies.get(name)
         return RemoteTool(tool if policy is None else replace(tool, policy=policy), call)

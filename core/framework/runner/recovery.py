@@ -12,7 +12,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -64,9 +64,14 @@ class Backoff:
     interval: float = INTERVAL_SECONDS
     clock: Callable[[], float] = time.monotonic
     missed: dict[str, _Missed] = field(default_factory=dict)
+    taken: dict[str, tuple[int, int, str | None]] = field(default_factory=dict)
+    """Runs that another process held when they were tried since the last poll: last commit, token and owner."""
+    polled_at: float = -math.inf
 
     def is_due(self, run: RunRecord) -> bool:
         """Whether it may be tried: it has changed since the last time, or that is long ago."""
+        if self.taken.get(run.run_id) == (run.sequence, run.token, run.owner):
+            return False
         missed = self.missed.get(run.run_id)
         return missed is None or missed.of != (run.sequence, run.token) or self.clock() >= missed.until
 
@@ -77,9 +82,30 @@ class Backoff:
         wait = min(self.interval * 2.0 ** min(times - 1, 10), max(_LONGEST_WAIT_SECONDS, self.interval))
         self.missed[run.run_id] = _Missed((run.sequence, run.token), times, self.clock() + wait)
 
+    def busy(self, run: RunRecord) -> None:
+        """Note that another process has ``run``, as it was found: it is tried at the next poll, and before that only
+        when it has been released or has gone on."""
+        self.missed.pop(run.run_id, None)
+        self.taken[run.run_id] = (run.sequence, run.token, run.owner)
+
+    def poll(self) -> None:
+        """Note that it is time to look again. What a store tells of many times an interval counts as few polls."""
+        now = self.clock()
+        if now - self.polled_at >= self.interval / 2:
+            self.polled_at = now
+            self.taken.clear()
+
     def forget(self, run_id: str) -> None:
         """Note that it was taken up."""
         self.missed.pop(run_id, None)
+
+    def keep(self, run_ids: Collection[str]) -> None:
+        """Forget what need not be left alone any longer and is not among ``run_ids``, those that are there to take up:
+        others have finished or deleted it. A worker lives for months."""
+        now = self.clock()
+        over = [run_id for run_id, each in self.missed.items() if now >= each.until and run_id not in run_ids]
+        for run_id in over:
+            del self.missed[run_id]
 
 
 class Worker(Generic[T]):
@@ -181,6 +207,8 @@ class Worker(Generic[T]):
     async def _fill(self, is_time: bool) -> float:
         """Take up runs while there is room; how long to wait then, in seconds. ``is_time`` says that the time between
         two looks is over, or that the store told of work."""
+        if is_time:
+            self._backoff.poll()
         free = self._concurrency - len(self._active)
         if free < 1:
             return self._interval  # a run that ends wakes it before
@@ -197,6 +225,7 @@ class Worker(Generic[T]):
                     self._problem(mask_error(error))
                 wait = min(self._interval * 2.0 ** min(self._away - 1, 10), max(_LONGEST_AWAY_SECONDS, self._interval))
                 return wait * self._random.uniform(0.75, 1.0)
+            self._backoff.keep({run.run_id for run in (*self._found, *self._active.values())})
             self._looked_at = self._clock()
             self._look_took = self._looked_at - began
             if self._away:
@@ -236,9 +265,12 @@ class Worker(Generic[T]):
     async def _one(self, run: RunRecord) -> None:
         found: Recovered[T] = await recover_run(self._storage, run, self._resume, self._lease_seconds)
         if found.outcome == "busy":
-            self._backoff.forget(run.run_id)  # another has it: if that one lets it go, it is as any
+            self._backoff.busy(run)
         else:
-            now = await asyncio.to_thread(self._storage.find_run, run.run_id)
+            try:
+                now = await asyncio.to_thread(self._storage.find_run, run.run_id)
+            except StorageError:
+                now = None  # what became of the run is known and told; the next look says what is wrong
             if self._is_missed(found) or (now is not None and self._is_as_before(run, now)):
                 self._backoff.miss(now or run)
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, TypeVar, overload
 from framework._secrets import SecretFilter, mask, mask_value, masked_traceback, register_environment, register_secret
 from framework.errors import ToolError
 from framework.graph.calls import KEY, tool_takes_key
-from framework.graph.journal import current_idempotency_key
+from framework.graph.journal import tool_key
 from framework.graph.journal_failures import leaves_unknown
 from framework.graph.node_base import is_infrastructure_error
 from framework.llm.provider import AsyncToolExecutor, Tool, ToolPolicy, ToolResult, ToolUse
@@ -298,9 +299,10 @@ class ToolRegistry:
         if registered.session_parameters and self._session:
             properties = registered.tool.parameters.get("properties") or {}
             arguments.update({key: value for key, value in self._session.items() if key in properties})
-        key = current_idempotency_key()
-        if key is not None and KEY not in arguments and tool_takes_key(registered.tool):
-            arguments[KEY] = key  # a model's calls have it already; here it is the program's own
+        if KEY not in arguments and tool_takes_key(registered.tool):
+            key = tool_key(registered.tool.name, arguments)
+            if key is not None:
+                arguments[KEY] = key  # a model's calls have it already; here it is the program's own
         if not isinstance(registered.executor, _FunctionExecutor):
             check_arguments(registered.tool.parameters, arguments)
         return arguments
@@ -340,10 +342,11 @@ class ToolCaller:
         if registered is None:
             known = ", ".join(self._registry._tools) or "none"
             return _error(use, f"There is no tool {use.name!r}; known: {known}")
+        handled = sys.exception()
         try:
             value = registered.executor(self._registry.arguments_for(registered, use.input))
         except Exception as error:  # noqa: BLE001 - becomes the result, or is raised again there
-            return _raised(use, error)
+            return _raised(use, error, handled)
         return _finished_later(use, value) if inspect.isawaitable(value) else _finished(use, value)
 
 
@@ -399,10 +402,11 @@ def _marked(candidate: Any) -> _Marked | None:
 
 
 async def _finished_later(use: ToolUse, value: Awaitable[Any]) -> ToolResult:
+    handled = sys.exception()
     try:
         return _finished(use, await value)
     except Exception as error:  # noqa: BLE001 - becomes the result, or is raised again there
-        return _raised(use, error)
+        return _raised(use, error, handled)
 
 
 def _finished(use: ToolUse, value: Any) -> ToolResult:
@@ -419,7 +423,7 @@ def _finished(use: ToolUse, value: Any) -> ToolResult:
         return _error(use, problem, raw_content=str(value))
 
 
-def _raised(use: ToolUse, error: Exception) -> ToolResult:
+def _raised(use: ToolUse, error: Exception, handled: BaseException | None) -> ToolResult:
     if is_infrastructure_error(error):
         raise error
     if isinstance(error, InvalidArguments):
@@ -428,7 +432,7 @@ def _raised(use: ToolUse, error: Exception) -> ToolResult:
     said = str(error)
     # A ToolError already says what happened; the type of any other is often half of what there is to know.
     text = said if isinstance(error, ToolError) else ": ".join(filter(None, (type(error).__name__, said)))
-    return replace(_error(use, text), outcome_unknown=leaves_unknown(error))
+    return replace(_error(use, text), outcome_unknown=leaves_unknown(error, handled))
 
 
 def _error(use: ToolUse, message: str, **more: Any) -> ToolResult:

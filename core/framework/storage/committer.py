@@ -2,7 +2,8 @@
 
 Executors are asynchronous and storage is not; whatever touches the store goes through here, in the order it came.
 Commits and journal writes that wait together share one call of ``Storage.commit``, so concurrent runs, and concurrent
-calls inside a step, share a transaction and an fsync, while a lone one never waits for company.
+calls inside a step, share a transaction and an fsync, while a lone one never waits for company. How many bytes may wait
+is bounded over all runs: see ``back_pressure``.
 
 A run that is alone in its store, on a disk that takes less than a millisecond for a commit, is spared the way to the
 thread and back, which costs as much as the commit: see ``Committer.hand_over`` and docs/adr/0017.
@@ -22,6 +23,7 @@ from concurrent.futures import Future
 from typing import Any, TypeAlias, TypeVar
 
 from framework.errors import StorageError
+from framework.storage.back_pressure import BackPressure, Waiter, wake
 from framework.storage.compression import pack_writes
 from framework.storage.heartbeat import Heartbeat
 from framework.storage.interface import Storage, WouldWait
@@ -58,7 +60,7 @@ class Ticket:
     def __init__(self) -> None:
         self._finished = False
         self._error: BaseException | None = None
-        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._waiters: list[Waiter] = []
 
     def done(self) -> bool:
         """Whether it is durable, or refused."""
@@ -77,7 +79,7 @@ class Ticket:
         """Set ``waiter`` once this is done; the caller looks at ``done`` after this call, before it waits."""
         self._waiters.append((loop, waiter))
 
-    def finish(self, error: BaseException | None) -> Sequence[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]]:
+    def finish(self, error: BaseException | None) -> Sequence[Waiter]:
         """Set the outcome; who is to be woken. Only for the committer."""
         self._error = error
         self._finished = True
@@ -85,14 +87,28 @@ class Ticket:
         return self._waiters
 
 
-def _wake_all(waiters: Sequence[asyncio.Future[None]]) -> None:
-    for waiter in waiters:
-        if not waiter.done():
-            waiter.set_result(None)
-
-
 _WRITES = (Commit, JournalWrite)
-_Item: TypeAlias = "tuple[Future[Any] | Ticket, Write | Callable[[Storage], Any]]"
+_Item: TypeAlias = "tuple[Future[Any] | Ticket, Write | Callable[[Storage], Any], int]"
+"""Who waits for it, what is to be done, and its size in bytes."""
+
+
+def _committed(storage: Storage, writes: Sequence[Write]) -> list[BaseException | None]:
+    """The store's answer to each write. Raises what the store raises, and ``StorageError`` for answers that do not fit
+    the writes, as of a backend of somebody's own."""
+    outcomes: list[BaseException | None] = list(storage.commit(writes))
+    if len(outcomes) != len(writes):
+        raise StorageError(
+            f"{type(storage).__name__}.commit answered {len(outcomes)} of {len(writes)} writes, so what became of them "
+            "is not known. It has to give one answer for each, None for one that was made."
+        )
+    return outcomes
+
+
+def _size_of(write: Write) -> int:
+    """Bytes of what it writes, roughly: the parts that can be large."""
+    if isinstance(write, JournalWrite):
+        return sum(len(row.record) for row in write.rows)
+    return len(write.record) + len(write.checkpoint or b"") + sum(len(chunk.data) for chunk in write.chunks)
 
 
 class Committer:
@@ -107,6 +123,7 @@ class Committer:
     def reset(self) -> None:
         """Forget the queue, the leases and the threads; for a forked child, where the threads do not exist."""
         self._queue: deque[_Item] = deque()
+        self.back_pressure = BackPressure()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._idle = True  # whether somebody has to be told of work: the thread waits for it, or there is none
@@ -116,7 +133,7 @@ class Committer:
 
     def commit(self, commit: Commit) -> Future[None]:
         """Queue a commit; the future is done when it is durable, or holds the error that refused it."""
-        return self._put(commit)
+        return self._put(commit, _size_of(commit))
 
     def hand_over(self, commit: Commit, *, alone: bool = False) -> Ticket:
         """Queue a commit, as ``commit`` does, for a coroutine to wait for.
@@ -124,16 +141,19 @@ class Committer:
         ``alone`` says that its run does nothing else meanwhile. When it is also the only run of this committer, nothing
         waits in the queue, and the store's commits have been taking less than ``AT_ONCE_SECONDS``, it is made in this
         very call; if for that the store would have to wait for anybody, it goes to the queue all the same.
+
+        It is taken in any case. To be held back while too much waits, see to ``back_pressure`` before the commit is
+        made.
         """
-        ticket = Ticket()
-        if not (alone and self._is_alone(commit) and self._commit_at_once(commit, ticket)):
-            self._enqueue((ticket, commit))
+        ticket, size = Ticket(), _size_of(commit)
+        if not (alone and size < AT_ONCE_BYTES and self._is_alone() and self._commit_at_once(commit, ticket)):
+            self._enqueue((ticket, commit, size))
         return ticket
 
-    def _is_alone(self, commit: Commit) -> bool:
-        if len(self.heartbeat.held) > 1 or self._seconds >= AT_ONCE_SECONDS or self._queue or self._working:
+    def _is_alone(self) -> bool:
+        if len(self.heartbeat.held) > 1 or self._seconds >= AT_ONCE_SECONDS:
             return False
-        return sum(len(chunk.data) for chunk in commit.chunks) < AT_ONCE_BYTES
+        return not self._queue and not self._working
 
     def _commit_at_once(self, commit: Commit, ticket: Ticket) -> bool:
         storage = self._storage()
@@ -145,7 +165,7 @@ class Committer:
                 return False
             began = time.perf_counter()
             try:
-                outcome = storage.commit(pack_writes(storage, [commit]))[0]
+                [outcome] = _committed(storage, pack_writes(storage, [commit]))
             except WouldWait:
                 return False
             except Exception as error:  # as from the thread: handed to who waits for the commit
@@ -162,11 +182,11 @@ class Committer:
 
     def journal(self, write: JournalWrite) -> Future[None]:
         """Queue journal rows, in order with the commits; the future as of ``commit``."""
-        return self._put(write)
+        return self._put(write, _size_of(write))
 
-    def call(self, function: Callable[[Storage], T]) -> Future[T]:
-        """Queue any call of the store, in order with the commits."""
-        return self._put(function)
+    def call(self, function: Callable[[Storage], T], size: int = 0) -> Future[T]:
+        """Queue any call of the store, in order with the commits; ``size`` is the bytes it keeps until it is made."""
+        return self._put(function, size)
 
     def release_leases(self) -> None:
         """Release what is held, past the queue, which may be stuck."""
@@ -179,12 +199,13 @@ class Committer:
             except StorageError as error:
                 logger.warning("The lease of run %r was not released; it ends by itself: %s", run_id, error)
 
-    def _put(self, item: Write | Callable[[Storage], Any]) -> Future[Any]:
+    def _put(self, item: Write | Callable[[Storage], Any], size: int) -> Future[Any]:
         future: Future[Any] = Future()
-        self._enqueue((future, item))
+        self._enqueue((future, item, size))
         return future
 
     def _enqueue(self, item: _Item) -> None:
+        self.back_pressure.add(item[2])
         self._queue.append(item)
         # A thread that is at work looks at the queue before it waits, and says that it will before it looks.
         if self._idle:
@@ -205,11 +226,16 @@ class Committer:
         try:
             while self._wait():
                 self._working = True  # said before the queue gets shorter: see _commit_at_once
-                self._do(storage, self._take())
+                work, size = self._take()
+                try:
+                    self._do(storage, work)
+                finally:
+                    self.back_pressure.remove(size)
                 self._working = False
         except BaseException:
             with self._wake:
                 self._thread, self._idle, self._working = None, True, False
+            self.back_pressure.open()  # what is handed over next starts another thread
             raise
 
     def _wait(self) -> bool:
@@ -225,26 +251,28 @@ class Committer:
                 self._thread = None  # who comes from here on starts another one
             return not self._idle
 
-    def _take(self) -> list[_Item]:
-        """The next writes that may share a transaction, or one call. Two of one run may: they keep their order."""
+    def _take(self) -> tuple[list[_Item], int]:
+        """The next writes that may share a transaction, or one call, and their size.
+
+        Two of one run may: they keep their order.
+        """
         work: list[_Item] = []
         size = 0
         while self._queue and len(work) < MAX_BATCH and size < MAX_BATCH_BYTES:
-            item = self._queue[0][1]
-            is_write = isinstance(item, _WRITES)
+            is_write = isinstance(self._queue[0][1], _WRITES)
             if work and not is_write:
                 break
-            work.append(self._queue.popleft())
+            item = self._queue.popleft()
+            work.append(item)
+            size += item[2]
             if not is_write:
                 break
-            if isinstance(item, Commit):
-                size += sum(len(chunk.data) for chunk in item.chunks)
-        return work
+        return work, size
 
     def _do(self, storage: Storage, work: list[_Item]) -> None:
         live = [
             (future, item)
-            for future, item in work
+            for future, item, _ in work
             if isinstance(future, Ticket) or future.set_running_or_notify_cancel()
         ]
         if not live:
@@ -263,46 +291,43 @@ class Committer:
         writes = [item for _, item in live if isinstance(item, _WRITES)]
         try:
             writes = pack_writes(storage, writes)
-            outcomes: list[Exception | None] = storage.commit(writes)
+            outcomes = _committed(storage, writes)
         except Exception as error:
             outcomes = [error] if len(writes) == 1 else self._each(storage, writes, error)
+        except BaseException as error:  # noqa: BLE001 - as above: they wait, and this thread is there for others too
+            outcomes = [error] * len(writes)
         self._took((time.perf_counter() - began) / max(1, len(writes) // 4))
         self._working = False  # who is told of it now may commit at once
         self._tell([future for future, _ in live], outcomes)
 
-    def _each(self, storage: Storage, writes: Sequence[Write], failure: Exception) -> list[Exception | None]:
+    def _each(self, storage: Storage, writes: Sequence[Write], failure: Exception) -> list[BaseException | None]:
         """Write a group's members one by one, after the group failed as a whole: the fault may lie in one of them."""
-        outcomes: list[Exception | None] = []
+        outcomes: list[BaseException | None] = []
         until = time.monotonic() + _RETRY_SECONDS
         for write in writes:
             if storage.closed or time.monotonic() > until:
                 outcomes.append(failure)
                 continue
             try:
-                refused = storage.commit([write])[0]
-            except Exception as error:
+                [refused] = _committed(storage, [write])
+            except BaseException as error:  # noqa: BLE001 - handed to the caller, whatever it is
                 outcomes.append(error)
             else:
                 # A refusal may mean that only the group's answer was lost, which its member finds out by itself.
                 outcomes.append(None if refused is None else failure)
         return outcomes
 
-    def _tell(self, futures: Sequence[Future[Any] | Ticket], outcomes: Sequence[Exception | None]) -> None:
+    def _tell(self, futures: Sequence[Future[Any] | Ticket], outcomes: Sequence[BaseException | None]) -> None:
         """Set the outcomes; each event loop is woken once for all of them."""
-        waiters: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+        waiters: list[Waiter] = []
         for future, outcome in zip(futures, outcomes, strict=True):
             if isinstance(future, Ticket):
-                for loop, waiter in future.finish(outcome):
-                    waiters.setdefault(loop, []).append(waiter)
+                waiters += future.finish(outcome)
             elif outcome is None:
                 future.set_result(None)
             else:
                 future.set_exception(outcome)
-        for loop, its_own in waiters.items():
-            try:
-                loop.call_soon_threadsafe(_wake_all, its_own)
-            except RuntimeError:
-                logger.debug("commits were done after the event loop that waited for them was closed")
+        wake(waiters)
 
 
 _committers: weakref.WeakKeyDictionary[Storage, Committer] = weakref.WeakKeyDictionary()

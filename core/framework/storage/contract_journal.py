@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 from framework.errors import InvalidId, LeaseLost, RunBusy, RunNotFound, StorageError, ValueTooLarge
@@ -312,6 +313,18 @@ def paused_runs_become_due(subject: StorageUnderTest) -> None:
         equal(due(seen, 30.0), ["b", "c", "a"], "what is due at the second")
         equal(due(seen, 30.0, 1), ["b"], "at most one of them")
         equal(due(seen, 30.0, 0), [], "at most none of them")
+        for limit in (1, 2, 3):
+            pages, last = list[str](), None
+            while page := seen.list_due(30.0, limit, last):
+                require(len(page) <= limit, f"a page of {limit} runs has {len(page)}")
+                last = page[-1]
+                pages += [record.run_id for record in page]
+            equal(pages, ["b", "c", "a"], f"pages of {limit}")
+        gone = replace(found(seen, "b"), run_id="bb")
+        equal(due(seen, 30.0, 5, gone), ["c", "a"], "the next after a run that is gone")
+        gone = replace(gone, wake_at=25.0)
+        equal(due(seen, 30.0, 5, gone), ["a"], "the next after a time between")
+        equal(due(seen, 25.0, 5, gone), [], "the next after the last that is due")
         equal(due(seen), ["b", "c", "a"], "what is due by the store's clock")
         equal(seen.list_due(20.0), [found(seen, "b"), found(seen, "c")], "the records")
         equal(sorted(record.wake_at or 0.0 for record in seen.list_runs([RunState.PAUSED]))[-1], 4e12, "as listed")

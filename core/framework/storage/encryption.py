@@ -12,8 +12,9 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
-from framework.errors import CorruptData, KeyNotFound, NotEncrypted, RunError, RunNotFound
+from framework.errors import CorruptData, KeyNotFound, NotEncrypted, RunError, RunNotFound, StorageError
 from framework.schemas.run import Run, RunState, RunStatus
 from framework.storage.checks import (
     MAX_KEY,
@@ -62,9 +63,9 @@ class EncryptedStorage(Storage):
     """``inner`` with its content encrypted. Owns ``inner``: closing this closes it.
 
     Raises ``NotEncrypted`` for a store that has plain runs, ``KeyNotFound`` when ``keys`` has none of the keys that the
-    oldest and newest runs need, ``StorageError`` without the extra ``encryption``. Reading
-    raises ``KeyNotFound`` for what needs a key that ``keys`` lacks, and never goes on to something older; content that
-    was altered, moved or put there plain is damage like any other.
+    oldest and newest runs need, or the documents of a store without runs, ``StorageError`` without the extra
+    ``encryption``. Reading raises ``KeyNotFound`` for what needs a key that ``keys`` lacks, and never goes on to
+    something older; content that was altered, moved or put there plain is damage like any other.
     """
 
     def __init__(self, inner: Storage, keys: KeyRing) -> None:
@@ -74,23 +75,25 @@ class EncryptedStorage(Storage):
         self.keys = keys
         self._sealer = Sealer(keys)
         records = _some_runs(inner)
-        if _appearance(inner, records) in ("plain", "mixed"):
+        documents = [] if records else _some_documents(inner)
+        if _appearance(records, documents) in ("plain", "mixed"):
             raise NotEncrypted(
                 f"The store {inner.url} has runs that are not encrypted. Open it without keys; or encrypt it as a "
                 "whole with `surefoot storage encrypt`, also when that was begun before and did not finish."
             )
+        self._check_keys(records, documents)
 
-        self._check_keys(records)
-
-    def _check_keys(self, records: Sequence[RunRecord]) -> None:
+    def _check_keys(self, records: Sequence[RunRecord], documents: Sequence[Run]) -> None:
         """Refuse keys that are of another store: what they encrypted here could not be read by those who have its own.
 
-        One run that can be read is enough: while keys are being changed, some have the newest and some not yet.
+        One that can be read is enough: while keys are being changed, some have the newest and some not yet.
         """
         missing: KeyNotFound | None = None
-        for record in records:
+        reads: list[Callable[[], object]] = [partial(self._sealer.open_record, record) for record in records]
+        reads += [partial(self._sealer.open_document, document) for document in documents]
+        for read in reads:
             try:
-                self._sealer.open_record(record)
+                read()
             except KeyNotFound as error:
                 missing = error
             except CorruptData:
@@ -163,7 +166,9 @@ class EncryptedStorage(Storage):
     def renew_lease(self, run_id: str, token: int, lease_seconds: float) -> None:
         self.inner.renew_lease(run_id, token, lease_seconds)
 
-    def renew_leases(self, leases: Sequence[tuple[str, int]], lease_seconds: float) -> list[RunError | None]:
+    def renew_leases(
+        self, leases: Sequence[tuple[str, int]], lease_seconds: float
+    ) -> Sequence[RunError | StorageError | None]:
         return self.inner.renew_leases(leases, lease_seconds)
 
     def release_lease(self, run_id: str, token: int) -> None:
@@ -183,8 +188,8 @@ class EncryptedStorage(Storage):
     def find_runs(self, prefix: str, limit: int = 100) -> list[RunRecord]:
         return self._readable(self.inner.find_runs(prefix, limit))
 
-    def list_due(self, now: float | None = None, limit: int = 100) -> list[RunRecord]:
-        return self._readable(self.inner.list_due(now, limit))
+    def list_due(self, now: float | None = None, limit: int = 100, after: RunRecord | None = None) -> list[RunRecord]:
+        return self._paged(limit, lambda room, last: self.inner.list_due(now, room, last), after)
 
     def list_messaged(self, limit: int = 100, after: str = "") -> list[RunRecord]:
         return self._paged(limit, lambda room, last: self.inner.list_messaged(room, last.run_id if last else after))
@@ -468,27 +473,34 @@ class _telling:
 
 
 def appearance(storage: Storage) -> str:
-    """Whether the runs of a store are ``plain``, ``encrypted`` or ``mixed``, by some of them; ``empty`` without any.
+    """Whether the runs of a store, or the documents of one without runs, are ``plain``, ``encrypted`` or ``mixed``, by
+    some of them; ``empty`` without any.
 
     Needs no key. ``mixed`` is what an unfinished encryption of a store leaves.
     """
-    return _appearance(storage, _some_runs(storage))
+    records = _some_runs(storage)
+    return _appearance(records, [] if records else _some_documents(storage))
 
 
 def _some_runs(storage: Storage) -> list[RunRecord]:
     return [*storage.list_runs(limit=_LOOKED_AT), *storage.find_runs("", _LOOKED_AT)]
 
 
-def _appearance(storage: Storage, records: Sequence[RunRecord]) -> str:
-    sealed = [is_sealed(record.header) for record in records]
-    ids = [] if sealed else storage.list_all_runs()
-    for run_id in {*ids[:_LOOKED_AT], *ids[-_LOOKED_AT:]}:
+def _some_documents(storage: Storage) -> list[Run]:
+    found = []
+    ids = storage.list_all_runs()
+    for run_id in dict.fromkeys((*ids[:_LOOKED_AT], *ids[-_LOOKED_AT:])):
         try:
             document = storage.load_run(run_id)
         except CorruptData:
             continue
         if document is not None:
-            sealed.append(is_sealed_document(document))
+            found.append(document)
+    return found
+
+
+def _appearance(records: Sequence[RunRecord], documents: Sequence[Run]) -> str:
+    sealed = [is_sealed(record.header) for record in records] + [is_sealed_document(each) for each in documents]
     if not sealed:
         return "empty"
     return "encrypted" if all(sealed) else "mixed" if any(sealed) else "plain"

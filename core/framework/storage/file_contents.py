@@ -39,7 +39,7 @@ class HasContents(Folder):
 
     def sample_header(self) -> bytes | None:
         """The header of some run that can be read, or ``None``; found without reading them all."""
-        with self._guard("look into it"):
+        with self._reading("look into it"):
             for path in (self.base_path / "executions").glob("[!.]*.json"):
                 try:
                     record = read_record(path)
@@ -60,7 +60,7 @@ class HasContents(Folder):
             yield from self._definition_contents(report)
             return
         try:
-            with self._guard(f"read the document of run {run_id!r}"):
+            with self._reading(f"read the document of run {run_id!r}"):
                 document = self._documents.load(run_id)
             if document is not None:
                 yield Content(Place("document", run_id), document_bytes(document))
@@ -88,11 +88,11 @@ class HasContents(Folder):
                 yield from _commit_contents(commit)
 
     def _definition_contents(self, report: Report) -> Iterator[Content]:
-        with self._guard("list its definitions"):
+        with self._reading("list its definitions"):
             paths = sorted((self.base_path / "definitions").glob("[!.]*.json"))
         for path in paths:
             try:
-                with self._guard("read a definition of"):
+                with self._reading("read a definition of"):
                     fingerprint = file_definitions.fingerprint_in(path)
                     body = None if fingerprint is None else file_definitions.read(path, fingerprint)
                 if fingerprint is not None and self._definition_path(fingerprint) != path:

@@ -47,26 +47,30 @@ class RunDocuments:
 
     def save(self, run: Run) -> None:
         """Store a document with its summary and index entries."""
-        text = _with_checksum(document_bytes(run))
         with self._lock():
-            self._begin(run.id)
-            old = self._entries(run.id)
-            write_atomic(self._path(run.id), text)
-            summary = RunSummary.from_run(run).model_dump_json(indent=2)
-            write_atomic(self._summaries / f"{file_name(run.id)}.json", summary.encode())
-            order = self._read(self._all)
-            if run.id not in order:
-                order.append(run.id)
-                self._write(self._all, order)
-            new = self._entries_of(run)
-            for path in old - new:
-                self._write(path, [known for known in self._read(path) if known != run.id])
-            for path in sorted(new):
-                known = self._read(path)
-                if run.id not in known:
-                    position = {run_id: index for index, run_id in enumerate(order)}
-                    self._write(path, sorted([*known, run.id], key=lambda one: position.get(one, len(order))))
-            self._end()
+            self.put(run)
+
+    def put(self, run: Run) -> None:
+        """``save`` for who holds the lock of the indexes already."""
+        text = _with_checksum(document_bytes(run))
+        self._begin(run.id)
+        old = self._entries(run.id)
+        write_atomic(self._path(run.id), text)
+        summary = RunSummary.from_run(run).model_dump_json(indent=2)
+        write_atomic(self._summaries / f"{file_name(run.id)}.json", summary.encode())
+        order = self._read(self._all)
+        if run.id not in order:
+            order.append(run.id)
+            self._write(self._all, order)
+        new = self._entries_of(run)
+        for path in old - new:
+            self._write(path, [known for known in self._read(path) if known != run.id])
+        for path in sorted(new):
+            known = self._read(path)
+            if run.id not in known:
+                position = {run_id: index for index, run_id in enumerate(order)}
+                self._write(path, sorted([*known, run.id], key=lambda one: position.get(one, len(order))))
+        self._end()
 
     def replace(self, run_id: str, old: bytes, new: bytes) -> bool:
         """Put ``new`` in the place of a document that still is ``old``; whether it was. It is looked up by the same."""

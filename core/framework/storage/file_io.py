@@ -1,4 +1,4 @@
-"""Files that survive a kill: ids as file names, atomic replacement, locks between processes, checked JSON.
+"""Files that survive a kill: ids as file names, atomic replacement, checked JSON.
 
 A file is replaced, never changed: written beside its place under a temporary name, synced, renamed, and its directory
 synced. So a reader, and a process after a crash, sees the old file or the new one.
@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import errno
 import logging
 import os
-import random
 import secrets
-import sys
 import time
-from collections.abc import Iterator
 from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
@@ -24,10 +20,7 @@ from urllib.parse import quote, unquote
 import orjson
 
 from framework import _faults
-from framework.errors import CorruptData, StorageError, StoreTooNew
-
-if sys.platform != "win32":
-    import fcntl
+from framework.errors import CorruptData, StoreTooNew
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +35,6 @@ STALE_SECONDS = 3_600.0
 
 _TEMPORARY = ".tmp"
 _RAW, _BASE64 = "$raw", "$base64"
-_MARK_BYTES = 16
 _MARGIN = 6
 """Levels of JSON that a file may put around a value: orjson writes at most 254."""
 
@@ -131,96 +123,6 @@ def remove_stale(root: Path) -> None:
                         path.unlink()
                 except OSError as error:  # gone by itself, or not ours to remove: harmless either way
                     logger.info("Left-over file %s stays: %s", path, error)
-
-
-# --- locks ----------------------------------------------------------------------------------------------------------
-
-
-class HeldLock:
-    """A lock that is held. Its file has room for marks, by which a process sees whether another one changed something
-    since it held the lock itself: writing nothing but random bytes to a file that is open, and never synced, costs
-    next to nothing, and a machine that stops takes everyone with it who remembered a mark."""
-
-    def __init__(self, descriptor: int | None) -> None:
-        self._descriptor = descriptor
-
-    def mark(self, place: int) -> bytes | None:
-        """The mark at a place, ``None`` when nobody wrote one."""
-        if self._descriptor is None:
-            return None
-        found = os.pread(self._descriptor, _MARK_BYTES, place * _MARK_BYTES)
-        return found if found.strip(b"\0") else None
-
-    def new_mark(self, place: int) -> bytes:
-        """Leave a mark that was never there; only for who holds the lock alone."""
-        mark = os.urandom(_MARK_BYTES)
-        if self._descriptor is None or os.pwrite(self._descriptor, mark, place * _MARK_BYTES) != _MARK_BYTES:
-            raise OSError(errno.EIO, "a lock's mark was not written whole")
-        return mark
-
-
-BUSY_SECONDS = 30.0
-"""How long another process is waited for when nothing else is said."""
-_FIRST_PAUSE_SECONDS = 0.000_2
-_LONGEST_PAUSE_SECONDS = 0.01
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, shared: bool = False, busy_seconds: float = BUSY_SECONDS) -> Iterator[HeldLock]:
-    """Hold the lock file at ``path`` against other processes; the system releases it when a process dies.
-
-    A lock file may be removed by who holds it exclusively: whoever waited on it notices and takes the new one. Raises
-    ``StorageError`` when somebody has held it for ``busy_seconds``: a process that is stopped would for ever.
-    """
-    if sys.platform == "win32":
-        raise StorageError("FileStorage needs the file locks of POSIX systems; use SQLiteStorage here.")
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            if not shared or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
-            # A store this process may only read: there is no lock to take, and replaced files are whole anyway.
-            yield HeldLock(None)
-            return
-        try:
-            _take(descriptor, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, busy_seconds)
-            if _is_at(descriptor, path):
-                try:
-                    yield HeldLock(descriptor)
-                finally:
-                    # Said aloud: a child forked meanwhile has the descriptor too, and would keep the lock by it.
-                    fcntl.flock(descriptor, fcntl.LOCK_UN)
-                return
-        finally:
-            os.close(descriptor)
-
-
-def _take(descriptor: int, path: Path, kind: int, busy_seconds: float) -> None:
-    """Lock a file, asking ever less often while somebody else has it. Raises ``StorageError``."""
-    until = time.monotonic() + busy_seconds
-    pause = _FIRST_PAUSE_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                raise StorageError(
-                    f"Another process has held {path} for {busy_seconds:g} s: it is stopped, or hangs in the middle of "
-                    f"a write. Let it go on, or end it (`fuser {path}` names it), and call again: its lock goes with "
-                    "it, and what it had not finished counts as not done."
-                ) from None
-        else:
-            return
-        time.sleep(pause * random.uniform(0.5, 1.0))  # several that wait do not ask in step
-        pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 # --- checked JSON ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from framework.errors import CorruptData, MessageRefused
 from framework.storage.file_io import (
-    HeldLock,
     dump_checked,
     file_name,
     load_checked,
@@ -19,6 +18,7 @@ from framework.storage.file_io import (
     unshow,
     write_atomic,
 )
+from framework.storage.file_locks import HeldLock
 from framework.storage.records import Damage, Message
 
 _PLACE = 1
@@ -86,6 +86,8 @@ def read(folder: Path, run_id: str, on_damage: Callable[[Damage], None] | None) 
     for path in folder.glob("[!.]*.json"):
         try:
             found.append(_load(path, run_id))
+        except FileNotFoundError:  # a reader without a lock may see a file go
+            continue
         except CorruptData as error:
             if on_damage is not None:
                 on_damage(Damage(run_id, None, str(path), str(error)))

@@ -12,8 +12,9 @@ from pathlib import Path
 from framework.errors import CorruptData
 from framework.storage.chunks import Chunk, Op, unreachable
 from framework.storage.file_commits import CommitFile, Entry, Stamp, read_commit_file
-from framework.storage.file_io import HeldLock, file_name, make_directory, sync_directory, write_atomic
+from framework.storage.file_io import file_name, make_directory, sync_directory, write_atomic
 from framework.storage.file_journal import RunJournal
+from framework.storage.file_locks import HeldLock
 from framework.storage.file_messages import RunMessages
 from framework.storage.records import CheckpointRow, Damage
 
@@ -154,9 +155,11 @@ class RunFiles:
         if entry.journal_done and all(each.journal_done != entry.journal_done for each in self._copies[entry.sequence]):
             self._done = None
 
-    def _examine(self, path: Path, stamp: Stamp) -> Entry | _Bad:
+    def _examine(self, path: Path, stamp: Stamp) -> Entry | _Bad | None:
         try:
             return _entry(path, stamp, self.read(path))
+        except FileNotFoundError:  # a reader without a lock may see a file go
+            return None
         except CorruptData as error:
             sequence = int(path.stem) if path.parent == self.history and path.stem.isdecimal() else None
             return _Bad(stamp, Damage(self.run_id, sequence, str(path), str(error)))

@@ -3,6 +3,7 @@ damaged ones that were put aside."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -10,10 +11,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from framework.storage.file_folder import Folder
-from framework.storage.file_io import STALE_SECONDS, locked, sync_directory
+from framework.storage.file_folder import LOOK_SECONDS, Folder
+from framework.storage.file_io import STALE_SECONDS, sync_directory
+from framework.storage.file_locks import HeldUp, Want
 from framework.storage.file_sweep import RETIRED
 from framework.storage.records import Stray
+
+logger = logging.getLogger(__name__)
 
 _FOLDERS = ("history", "checkpoints/by_run", "journal", "messages")
 _PINS = "pins"
@@ -28,29 +32,29 @@ class FindsStrays(Folder):
 
     def find_strays(self) -> list[Stray]:
         """See ``Storage``."""
-        with self._guard("look for files of no run"):
+        with self._reading("look for files of no run"):
             return [*self._without_record(), *self._loose_files()]
 
     def remove_stray(self, stray: Stray) -> bool:
         """See ``Storage``."""
-        with self._guard(f"remove {stray.name} from"):
-            if stray not in self.find_strays():
+        if stray not in self.find_strays():
+            return False
+        doing, path = f"remove {stray.name} from", self.base_path / stray.name
+        is_of_run = path.is_dir() or path.parent.name == _PINS
+        # Whoever accepts a run of this name holds this lock until its record is there.
+        name = path.stem if path.parent.name == _PINS else path.name
+        with self._holding(doing, *([self._lock_of(name)] if is_of_run else [])):
+            if is_of_run and self._has_record(name):
                 return False
-            path = self.base_path / stray.name
-            if not path.is_dir() and path.parent.name != _PINS:
-                path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path)
             else:
-                # Whoever accepts a run of this name holds this lock until its record is there.
-                name = path.stem if path.parent.name == _PINS else path.name
-                with locked(self.base_path / "locks" / f"{name}.lock"):
-                    if self._has_record(name):
-                        return False
-                    if path.is_dir():
-                        shutil.rmtree(path)
-                    else:
-                        path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
             sync_directory(path.parent)
             return True
+
+    def _lock_of(self, name: str, *, shared: bool = False) -> Want:
+        return Want(self.base_path / "locks" / f"{name}.lock", shared)
 
     def _has_record(self, name: str) -> bool:
         return (self.base_path / "executions" / f"{name}.json").exists()
@@ -63,8 +67,12 @@ class FindsStrays(Folder):
         for path, name in self._of_runs():
             if self._has_record(name) or self._is_retired(name):
                 continue
-            with locked(self.base_path / "locks" / f"{name}.lock", shared=True):
-                gone = not path.exists() or self._has_record(name)  # deleted, or accepted, meanwhile
+            try:
+                with self._holding("look for files of no run", self._lock_of(name, shared=True), patience=LOOK_SECONDS):
+                    gone = not path.exists() or self._has_record(name)  # deleted, or accepted, meanwhile
+            except HeldUp as error:
+                logger.warning("Not counted among the files of no run, as somebody is at them: %s", error)
+                continue
             if not gone:
                 where = str(path.relative_to(self.base_path))
                 yield Stray(where, "files of a run that has no record", harmless=_is_start(path))

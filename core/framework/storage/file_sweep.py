@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,8 +21,9 @@ from framework.schemas.run import RunState
 from framework.storage import file_pins
 from framework.storage.checks import check_id, check_pin
 from framework.storage.file_commits import Entry
+from framework.storage.file_definitions import KeepsDefinitions
 from framework.storage.file_documents import RunDocuments
-from framework.storage.file_folder import Folder
+from framework.storage.file_folder import LOOK_SECONDS
 from framework.storage.file_io import (
     dump_checked,
     file_name,
@@ -31,9 +32,10 @@ from framework.storage.file_io import (
     sync_directory,
     write_atomic,
 )
+from framework.storage.file_locks import HeldUp
 from framework.storage.file_records import age
 from framework.storage.file_runs import RunFiles
-from framework.storage.records import Damage, RunRecord
+from framework.storage.records import RunRecord
 from framework.storage.retention_records import Pin, Retired, Standing, StoreUsage, why_kept
 from framework.storage.verify import newest_readable
 
@@ -43,12 +45,11 @@ RETIRED = "retired"
 """The folder of runs that are gone and whose files are still to be removed."""
 
 
-class SweepsFiles(Folder):
+class SweepsFiles(KeepsDefinitions):
     """The part of ``FileStorage`` that knows pins and sweeps; see ``KeepsRuns``."""
 
     _documents: RunDocuments
     _records: Callable[..., list[RunRecord]]
-    _current: Callable[[Iterable[str]], Iterator[RunRecord]]
 
     # --- pins ---------------------------------------------------------------------------------------------------
 
@@ -84,7 +85,7 @@ class SweepsFiles(Folder):
     def list_pins(self, run_ids: Sequence[str] | None = None) -> list[Pin]:
         """See ``KeepsRuns``."""
         if run_ids is None:
-            with self._guard("list pins of"):
+            with self._reading("list pins of"):
                 names = {path.stem for path in (self.base_path / "pins").glob("[!.]*.json")}
             run_ids = [run.run_id for run in self._records() if file_name(run.run_id) in names] if names else []
         found: list[Pin] = []
@@ -161,7 +162,7 @@ class SweepsFiles(Folder):
 
     def usage(self) -> StoreUsage:
         """See ``KeepsRuns``."""
-        with self._guard("measure it"):
+        with self._reading("measure it"):
             used = _size_of(self.base_path) - _size_of(self.base_path / RETIRED)
         return StoreUsage(self._clock(), used)
 
@@ -188,7 +189,7 @@ class SweepsFiles(Folder):
     def list_aged(self, before: float, limit: int = 100, after: RunRecord | None = None) -> list[RunRecord]:
         """See ``KeepsRuns``."""
         found: list[RunRecord] = []
-        for run in self._current([run.run_id for run in self._records() if run.created_at < before]):
+        for run in self._current([run.run_id for run in self._records() if run.created_at < before], free=True):
             if len(found) == limit:
                 break
             if after is not None and age(run) <= age(after):
@@ -204,12 +205,14 @@ class SweepsFiles(Folder):
         self, runs: Sequence[RunRecord], states: Sequence[RunState], seconds: float = 0.004, *, dry_run: bool = False
     ) -> list[Retired]:
         """See ``KeepsRuns``. Each run of a family goes by itself, the whole first: until the next sweep, a kill may
-        leave parts, which then are runs of their own."""
+        leave parts, which then are runs of their own. Nobody waits but who wants one of these very runs, so it goes on
+        for as long as it took to look which runs are parts."""
+        began = time.monotonic()
         parts: dict[str, list[str]] = {}
         for record in self._records():
             if record.parent_run_id is not None:
                 parts.setdefault(record.parent_run_id, []).append(record.run_id)
-        until = time.monotonic() + seconds
+        until = time.monotonic() + max(seconds, time.monotonic() - began)
         done: list[Retired] = []
         for run in runs:
             done.append(self._retire(run, _family(run.run_id, parts), states, dry_run=dry_run))
@@ -222,6 +225,8 @@ class SweepsFiles(Folder):
             family = [found for run_id in run_ids if (found := self._standing(run_id)) is not None]
         except CorruptData as error:
             return Retired(kept=f"it cannot be read: {error}")
+        except HeldUp as error:
+            return Retired(kept=f"another process is at it: {error}")
         kept = why_kept(run, family, states, self._clock())
         if kept:
             return Retired(kept=kept)
@@ -244,7 +249,7 @@ class SweepsFiles(Folder):
         return Retired(tuple(gone), checkpoints, size)
 
     def _standing(self, run_id: str) -> Standing | None:
-        with self._run_lock(run_id, "look at", shared=True, anew=True) as files:
+        with self._run_lock(run_id, "look at", shared=True, anew=True, patience=LOOK_SECONDS) as files:
             return self._standing_in(files)
 
     def _standing_in(self, files: RunFiles) -> Standing | None:
@@ -344,22 +349,8 @@ class SweepsFiles(Folder):
         before = _size_of(self.base_path)
         while self.purge(1.0):
             pass
-        with self._definition_lock():
-            self._remove_definitions()
+        self._remove_definitions()
         return max(0, before - _size_of(self.base_path))
-
-    def _remove_definitions(self) -> None:
-        """Remove the definitions that no run has, unless some record cannot be read: nobody knows what that needs."""
-        damage: list[Damage] = []
-        needed = {self._definition_path(run.fingerprint) for run in self._records(on_damage=damage.append)}
-        if damage:
-            logger.warning("No definition is removed, as %d records of runs cannot be read.", len(damage))
-            return
-        folder = self.base_path / "definitions"
-        for path in folder.glob("[!.]*.json"):
-            if path not in needed:
-                path.unlink(missing_ok=True)
-        sync_directory(folder)
 
 
 def _newest(files: RunFiles, checkpoint_id: str) -> int:

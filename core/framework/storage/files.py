@@ -22,7 +22,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -34,8 +34,10 @@ from framework.errors import (
     LeaseLost,
     MessageRefused,
     RunBusy,
+    RunError,
     RunExists,
     RunNotFound,
+    StorageError,
     SurefootError,
 )
 from framework.schemas.run import Run, RunState
@@ -57,8 +59,8 @@ from framework.storage.documents import FindsDocuments, Index
 from framework.storage.file_commits import CommitFile, Entry
 from framework.storage.file_contents import HasContents
 from framework.storage.file_documents import INDEXES, RunDocuments
+from framework.storage.file_folder import LOOK_SECONDS
 from framework.storage.file_io import (
-    BUSY_SECONDS,
     dump_checked,
     file_name,
     load_checked,
@@ -66,6 +68,7 @@ from framework.storage.file_io import (
     remove_stale,
     write_atomic,
 )
+from framework.storage.file_locks import BUSY_SECONDS, HeldUp, Want
 from framework.storage.file_records import (
     age,
     claimed_record,
@@ -92,6 +95,7 @@ from framework.storage.records import (
     RunRecord,
     VerifyReport,
     Write,
+    due_after,
 )
 from framework.storage.verify import newest_readable, refuse_pinned, verify_run
 
@@ -139,8 +143,8 @@ class FileStorage(FindsDocuments, SweepsFiles, FindsStrays, HasContents, Storage
 
     def open_run(self, new: NewRun, owner: str | None = None, lease_seconds: float = 0.0) -> RunRecord:
         check_new_run(new, owner)
-        lock = self._run_lock(new.run_id, "record", new=True, edits=True)
-        with lock as files, self._definition_lock(shared=True):
+        definition = self._definition(new.fingerprint, shared=True)
+        with self._run_lock(new.run_id, "record", new=True, edits=True, beside=[definition]) as files:
             if self._record_path(new.run_id).exists():
                 raise RunExists(new.run_id)
             now = self._clock()
@@ -164,9 +168,7 @@ class FileStorage(FindsDocuments, SweepsFiles, FindsStrays, HasContents, Storage
             return self._shown(record)
 
     def find_run(self, run_id: str) -> RunRecord | None:
-        with self._run_lock(run_id, "read", shared=True) as files:
-            record = self._stored(files)
-            return None if record is None else self._shown(record)
+        return self._find(run_id)[0]
 
     def claim_run(
         self,
@@ -195,7 +197,31 @@ class FileStorage(FindsDocuments, SweepsFiles, FindsStrays, HasContents, Storage
             return replace(claimed, state=found.state, error=found.error)
 
     def renew_lease(self, run_id: str, token: int, lease_seconds: float) -> None:
-        with self._run_lock(run_id, "renew the lease of") as files:
+        self._renew(run_id, token, lease_seconds)
+
+    def renew_leases(
+        self, leases: Sequence[tuple[str, int]], lease_seconds: float
+    ) -> list[RunError | StorageError | None]:
+        """See ``Storage``. First come those that nobody holds up, so none waits for another run's."""
+        outcomes = [self._renewal(run_id, token, lease_seconds, 0.0) for run_id, token in leases]
+        until = time.monotonic() + min(LOOK_SECONDS, lease_seconds / 6)
+        for place, (run_id, token) in enumerate(leases):
+            if isinstance(outcomes[place], HeldUp):
+                patience = max(0.0, until - time.monotonic())
+                outcomes[place] = self._renewal(run_id, token, lease_seconds, patience)
+        return outcomes
+
+    def _renewal(
+        self, run_id: str, token: int, lease_seconds: float, patience: float
+    ) -> RunError | StorageError | None:
+        try:
+            self._renew(run_id, token, lease_seconds, patience)
+        except (LeaseLost, RunNotFound, HeldUp) as error:
+            return error
+        return None
+
+    def _renew(self, run_id: str, token: int, lease_seconds: float, patience: float | None = None) -> None:
+        with self._run_lock(run_id, "renew the lease of", patience=patience) as files:
             stored = self._known(files)
             if stored.token != token or stored.owner is None:
                 raise LeaseLost(run_id, token)
@@ -222,33 +248,23 @@ class FileStorage(FindsDocuments, SweepsFiles, FindsStrays, HasContents, Storage
         matching = sorted(record.run_id for record in self._records() if record.run_id.startswith(prefix))
         return list(islice(self._current(matching), limit))
 
-    def list_due(self, now: float | None = None, limit: int = 100) -> list[RunRecord]:
+    def list_due(self, now: float | None = None, limit: int = 100, after: RunRecord | None = None) -> list[RunRecord]:
         latest = self._clock() if now is None else now
-        current = self._current(record.run_id for record in self._records())
+        current = self._current((record.run_id for record in self._records()), free=True)
         due = [
             (record.wake_at, record.run_id, record)
             for record in current
             if record.state is RunState.PAUSED and record.wake_at is not None and record.wake_at <= latest
         ]
+        due = [each for each in due if each[:2] > due_after(after)]
         return [record for _, _, record in sorted(due, key=lambda each: each[:2])[:limit]]
-
-    def _current(self, run_ids: Iterable[str]) -> Iterator[RunRecord]:
-        """These runs as they are now, without those that are gone or damaged."""
-        for run_id in run_ids:
-            try:
-                current = self.find_run(run_id)
-            except CorruptData as error:
-                logger.warning("Listing runs: %s", error)
-                continue
-            if current is not None:
-                yield current
 
     def _records(
         self, names: Iterable[str] | None = None, on_damage: Callable[[Damage], None] | None = None
     ) -> list[RunRecord]:
         """The readable records as they are in their files, oldest first: all, or those of runs with these names."""
         found = []
-        with self._guard("list its runs"):
+        with self._reading("list its runs"):
             folder = self.base_path / "executions"
             for path in folder.glob("[!.]*.json") if names is None else [folder / f"{name}.json" for name in names]:
                 try:
@@ -301,13 +317,15 @@ class FileStorage(FindsDocuments, SweepsFiles, FindsStrays, HasContents, Storage
             files.messages.leave(Message(run_id, name, bytes(body), self._clock()), files.lock)
 
     def read_messages(self, run_id: str, on_damage: Callable[[Damage], None] | None = None) -> list[Message]:
-        with self._run_lock(run_id, "read the messages of", shared=True):
+        # Each is a file that is never changed, so nothing is read in half without the lock; a heartbeat looks here.
+        lock = self._run_lock(run_id, "read the messages of", shared=True, patience=LOOK_SECONDS, anyway=True)
+        with lock:
             if not self._record_path(run_id).exists():
                 return []
             return file_messages.read(self._messages(run_id), run_id, on_damage)
 
     def count_messages(self, run_ids: Sequence[str]) -> dict[str, int]:
-        with self._guard("count messages"):
+        with self._reading("count messages"):
             counts = {run_id: file_messages.count(self._messages(check_id(run_id))) for run_id in run_ids}
         return {run_id: count for run_id, count in counts.items() if count}
 
@@ -319,7 +337,8 @@ class FileStorage(FindsDocuments, SweepsFiles, FindsStrays, HasContents, Storage
             for record in self._records(file_messages.folders(self.base_path / "messages"))
             if record.run_id > after and record.state is not RunState.COMPLETED
         ]
-        paused = (record for record in self._current(sorted(found)) if record.state is RunState.PAUSED)
+        current = self._current(sorted(found), free=True)
+        paused = (record for record in current if record.state is RunState.PAUSED)
         return list(islice(paused, limit))
 
     # --- journal ------------------------------------------------------------------------------------------------
@@ -342,17 +361,20 @@ class FileStorage(FindsDocuments, SweepsFiles, FindsStrays, HasContents, Storage
         new_id = first.run_id
         if new_id == run_id:
             raise RunExists(new_id)
-        with ExitStack() as locks:
-            # In one order everywhere, so that two forks never wait for each other.
-            held = {
-                one: locks.enter_context(
-                    self._run_lock(one, "fork", shared=one == run_id, new=one == new_id, edits=one == new_id, anew=True)
-                )
-                for one in sorted((run_id, new_id))
-            }
-            locks.enter_context(self._definition_lock(shared=True))
-            source, target = held[run_id], held[new_id]
+        fingerprint = self._fingerprint(run_id)
+        wanted = [
+            Want(self._lock_path(run_id), shared=True),
+            Want(self._lock_path(new_id)),
+            self._definition(fingerprint, shared=True),
+        ]
+        with (
+            self._holding(f"fork run {run_id!r}", *wanted) as locks,
+            self._opened(run_id, locks[0], anew=True) as source,
+            self._opened(new_id, locks[1], edits=True, anew=True) as target,
+        ):
             found = self._known(source)
+            if found.fingerprint != fingerprint:  # deleted, and accepted anew with another definition
+                raise RunNotFound(run_id)
             if self._record_path(new_id).exists():
                 raise RunExists(new_id)
             self._clear(target)
@@ -365,13 +387,20 @@ class FileStorage(FindsDocuments, SweepsFiles, FindsStrays, HasContents, Storage
                 self._prune(target, first.retention)
             return self._shown(made)
 
+    def _fingerprint(self, run_id: str) -> str:
+        """Of which definition a run is: that never changes."""
+        with self._reading(f"fork run {run_id!r}"):
+            record = self._read_record(self._record_path(run_id))
+        if record is None:
+            raise RunNotFound(run_id)
+        return record.fingerprint
+
     # --- commits ------------------------------------------------------------------------------------------------
 
     def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
         with self._guard("commit"):
-            return [
-                self._commit_one(write) if isinstance(write, Commit) else self._journal_one(write) for write in commits
-            ]
+            pass  # a store that is closed, or cannot be reached, refuses them all at once
+        return [self._commit_one(write) if isinstance(write, Commit) else self._journal_one(write) for write in commits]
 
     def _journal_one(self, write: JournalWrite) -> SurefootError | None:
         refused = journal_refusal(write)
@@ -509,7 +538,7 @@ class FileStorage(FindsDocuments, SweepsFiles, FindsStrays, HasContents, Storage
     # --- reading commits ----------------------------------------------------------------------------------------
 
     def definition(self, fingerprint: str) -> bytes | None:
-        with self._guard("read a definition of"):
+        with self._reading("read a definition of"):
             return file_definitions.read(self._definition_path(fingerprint), fingerprint)
 
     def read_log(self, run_id: str, after: int = 0, on_damage: Callable[[Damage], None] | None = None) -> list[LogRow]:
@@ -602,15 +631,16 @@ class FileStorage(FindsDocuments, SweepsFiles, FindsStrays, HasContents, Storage
         if token == NO_TOKEN:
             self._documents.save(run)
             return
-        with self._run_lock(run.id, "save the document of", shared=True) as files:  # nobody takes it over meanwhile
-            found = self._stored(files)
+        lock = self._run_lock(run.id, "save the document of", shared=True, new=True, beside=[self._index()])
+        with lock as files:
+            found = self._stored(files)  # nobody takes it over meanwhile
             if found is not None and found.token != token:
                 raise LeaseLost(run.id, token)
-            self._documents.save(run)
+            self._documents.put(run)
 
     def load_run(self, run_id: str) -> Run | None:
         check_id(run_id)
-        with self._guard(f"read the document of run {run_id!r}"):
+        with self._reading(f"read the document of run {run_id!r}"):
             return self._documents.load(run_id)
 
     def _document_ids(self, index: Index, key: str = "") -> list[str]:

@@ -147,6 +147,8 @@ class Heartbeat:
         try:
             outcomes = storage.renew_leases([(run_id, held.token) for run_id, held in group], seconds)
         except Exception as error:  # noqa: BLE001 - whatever a backend raises, the other leases must live
+            if storage.closed:  # in the meantime; the next turn lets go of all of them
+                return
             again = time.monotonic() + seconds / _RETRY_PART
             for _, held in group:
                 held.due = again
@@ -157,6 +159,10 @@ class Heartbeat:
         for (run_id, held), refused in zip(group, outcomes, strict=True):
             if refused is None:
                 held.due, held.assured = asked + seconds / 3, asked + seconds
+                continue
+            if isinstance(refused, StorageError):  # of this run only: another process holds it up
+                held.due = time.monotonic() + seconds / _RETRY_PART
+                logger.warning("Lease of run %r not renewed, will try again: %s", run_id, refused)
                 continue
             with self._wake:
                 if self.held.get(run_id) is not held:
@@ -184,4 +190,5 @@ class Heartbeat:
                     held.on_messages(storage.read_messages(run_id))
                     held.told = count
         except StorageError as error:
-            logger.warning("Messages not looked for, will try again: %s", error)
+            if not storage.closed:  # closed in the meantime, it has nobody who waits for messages
+                logger.warning("Messages not looked for, will try again: %s", error)

@@ -114,13 +114,16 @@ class Storage(KeepsRuns, ABC):
     def renew_lease(self, run_id: str, token: int, lease_seconds: float) -> None:
         """Extend the lease from now. Raises ``LeaseLost`` when ``token`` is not the run's, ``RunNotFound``."""
 
-    def renew_leases(self, leases: Sequence[tuple[str, int]], lease_seconds: float) -> list[RunError | None]:
+    def renew_leases(
+        self, leases: Sequence[tuple[str, int]], lease_seconds: float
+    ) -> Sequence[RunError | StorageError | None]:
         """Extend leases, each a run's id and token, as ``renew_lease`` does; for each ``None`` or what it raises.
 
         A backend that can does it in one transaction: a process may hold a thousand. Raises ``StorageError`` when the
-        store as a whole fails; then some may have been renewed.
+        store as a whole fails; then some may have been renewed. As an outcome it is of one run that another process
+        holds up for now, and that the others did not wait for: the lease is as it was, and worth another try.
         """
-        outcomes: list[RunError | None] = []
+        outcomes: list[RunError | StorageError | None] = []
         for run_id, token in leases:
             try:
                 self.renew_lease(run_id, token, lease_seconds)
@@ -151,10 +154,12 @@ class Storage(KeepsRuns, ABC):
         """
 
     @abstractmethod
-    def list_due(self, now: float | None = None, limit: int = 100) -> list[RunRecord]:
+    def list_due(self, now: float | None = None, limit: int = 100, after: RunRecord | None = None) -> list[RunRecord]:
         """At most ``limit`` paused runs whose ``wake_at`` is ``now`` or before, the longest due first (then by id).
 
-        ``now`` is in seconds since the epoch, ``None`` for the store's clock. Cheap enough to ask every second.
+        ``now`` is in seconds since the epoch, ``None`` for the store's clock. ``after`` continues after that run, as it
+        was listed, whatever has become of it since. Fewer than ``limit`` means that there are no more. Cheap enough to
+        ask every second, and each page costs what it has, not what was before it.
         """
 
     @abstractmethod

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from framework.errors import CorruptData, LeaseLost, MessageRefused, RunError, RunExists, RunNotFound, StorageError
@@ -41,7 +42,7 @@ from framework.storage.interface import IsAlive, Storage
 from framework.storage.postgres_database import Database
 from framework.storage.postgres_listen import Listener
 from framework.storage.postgres_rows import indexed, new_key
-from framework.storage.postgres_schema import channel_of, migrate
+from framework.storage.postgres_schema import channel_of, migrate, version_of
 from framework.storage.postgres_sweep import SweepsPostgres
 from framework.storage.records import (
     NO_TOKEN,
@@ -101,11 +102,11 @@ class PostgresStorage(FindsDocuments, SweepsPostgres, Storage):
         # A store that is dropped without close() lets go of its connections all the same, also at the program's end.
         self._let_go = weakref.finalize(self, _close, self._database, self._listener)
         try:
-            migrate(self._database)
+            newest = migrate(self._database)
         except BaseException:
             self.close()
             raise
-        self._database.opened()
+        self._database.opened(partial(version_of, newest=newest))
         forks.register(self)
 
     @property
@@ -175,8 +176,8 @@ class PostgresStorage(FindsDocuments, SweepsPostgres, Storage):
     def find_runs(self, prefix: str, limit: int = 100) -> list[RunRecord]:
         return runs.find_runs(self._database, check_prefix(prefix), limit, self._now())
 
-    def list_due(self, now: float | None = None, limit: int = 100) -> list[RunRecord]:
-        return runs.list_due(self._database, now, limit, self._now())
+    def list_due(self, now: float | None = None, limit: int = 100, after: RunRecord | None = None) -> list[RunRecord]:
+        return runs.list_due(self._database, now, limit, after, self._now())
 
     def list_messaged(self, limit: int = 100, after: str = "") -> list[RunRecord]:
         return runs.list_messaged(self._database, limit, check_prefix(after), self._now())

@@ -41,15 +41,20 @@ class Database:
         self.closed = threading.Event()
         self._patience = min(address.patience_seconds, OPENING_SECONDS)
         self._texts: dict[str, str] = {}
+        self._check: Callable[[Database, Connection], object] | None = None
 
     @property
     def where(self) -> str:
         """The store's name in messages."""
         return self.address.shown
 
-    def opened(self) -> None:
-        """Say that the server was there: from now on it is waited for as long as the address says."""
+    def opened(self, check: Callable[[Database, Connection], object]) -> None:
+        """Say that the server was there: from now on it is waited for as long as the address says.
+
+        ``check`` raises ``StoreTooNew`` once a newer version of this library has migrated the store.
+        """
         self._patience = self.address.patience_seconds
+        self._check = check
 
     def text(self, statement: str) -> str:
         """``statement`` with the names of schema and channel put in."""
@@ -92,10 +97,21 @@ class Database:
                 again = again or (writes and lost)
                 left = deadline - time.monotonic()
                 if left <= 0 or not (lost or driver.is_passing(error)):
+                    self._refuse_newer(error)
                     raise driver.translate(error, self.where, doing, unknown=again) from error
             # Many processes come back to a restarted server at once, so not all at the same moment.
             self.closed.wait(min(left, pause * random.uniform(0.5, 1.0)))
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+
+    def _refuse_newer(self, error: Exception) -> None:
+        """Raise ``StoreTooNew`` when ``error`` is of a statement that fits the store no longer."""
+        if self._check is None or not driver.is_misunderstood(error):
+            return
+        try:
+            with self.pool.borrow(time.monotonic() + self._patience) as connection:
+                self._check(self, connection)
+        except driver.load().Error:
+            return  # it cannot be asked: then ``error`` says what is wrong
 
     def query(
         self, doing: str, statement: str, values: Mapping[str, Any] | None = None, *, writes: bool = False

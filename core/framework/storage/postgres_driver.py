@@ -40,16 +40,21 @@ _HOPELESS = (
 )
 """In the message of a refused connection, for which there is no SQLSTATE: waiting does not help."""
 
-_ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("53100",), "Free space on the server's disk; what was committed is intact"),
-    (("53",), "The server is out of memory or connections; what was committed is intact"),
-    (("42501",), "Grant its role CREATE on the database, or on the schema named by ?schema=, and what is in it"),
-    (("42P01", "3F000", "42883"), "Its tables or functions are gone: open it again, or restore it from a backup"),
-    (("28", "password"), "Check user and password: they are taken from the URL, PGPASSWORD or a password file"),
-    (("3D000", "database"), "Check the database's name in the URL"),
-    (("XX001", "XX002"), "The server found damage in its files; restore the database from a backup"),
-    (("connection failed", "refused", "resolve"), "Check that the server runs and that the URL names it"),
+_ADVICE: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
+    (("53100",), (), "Free space on the server's disk; what was committed is intact"),
+    (
+        ("53",),
+        ("too many ", "remaining connection slots"),
+        "The server is out of memory or connections; what was committed is intact",
+    ),
+    (("42501",), (), "Grant its role CREATE on the database, or on the schema named by ?schema=, and what is in it"),
+    (("42P01", "3F000", "42883"), (), "Its tables or functions are gone: open it again, or restore it from a backup"),
+    (("28",), ("password",), "Check user and password: they are taken from the URL, PGPASSWORD or a password file"),
+    (("3D000",), ("database",), "Check the database's name in the URL"),
+    (("XX001", "XX002"), (), "The server found damage in its files; restore the database from a backup"),
+    ((), ("connection failed", "refused", "resolve"), "Check that the server runs and that the URL names it"),
 )
+"""What to do, by how the SQLSTATE begins, or by a word of the message, since a refused connection has no SQLSTATE."""
 
 
 @cache
@@ -167,6 +172,12 @@ def is_passing(error: Exception) -> bool:
     return not any(mark in text for mark in _HOPELESS)
 
 
+def is_misunderstood(error: Exception) -> bool:
+    """Whether the server found no sense in a statement: it names what is not there, or not of that type."""
+    state = str(getattr(error, "sqlstate", None) or "")
+    return state.startswith("42") and state != "42501"  # that one is of rights
+
+
 def is_away(error: BaseException) -> bool:
     """Whether the error says that the server cannot be used at all, not that it refused one call."""
     return isinstance(error, load().OperationalError) and not (getattr(error, "sqlstate", None) or "").startswith("40")
@@ -181,7 +192,7 @@ def translate(error: Exception, where: str, doing: str, unknown: bool = False) -
     state = getattr(error, "sqlstate", None) or ""
     lower = text.lower()
     advice = next(
-        (said for marks, said in _ADVICE if any((state and state.startswith(mark)) or mark in lower for mark in marks)),
+        (said for states, words, said in _ADVICE if state.startswith(states) or any(word in lower for word in words)),
         "",
     )
     outcome = (

@@ -16,7 +16,7 @@ from framework.storage.postgres_commits import CHUNKS, chunk_values
 from framework.storage.postgres_database import Database
 from framework.storage.postgres_rows import RECORD, escaped, facts_crc, indexed, new_key, record_of
 from framework.storage.postgres_schema import lock_of
-from framework.storage.records import NewRun, RunRecord, attempts_after_claim
+from framework.storage.records import NewRun, RunRecord, attempts_after_claim, due_after
 from framework.storage.sqlite_schema import row_crc
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ WITH released AS (
 SELECT {schema}.tell_workers(run_id) FROM released WHERE state <> 'completed'
 """
 _DUE = (
-    f"{_SELECT} WHERE state = 'paused' AND wake_at <= coalesce(%(due)s, {_NOW}) ORDER BY wake_at, run_id "
-    "LIMIT %(limit)s"
+    f"{_SELECT} WHERE state = 'paused' AND wake_at <= coalesce(%(due)s, {_NOW}) "
+    "AND (wake_at, run_id) > (%(after_at)s, %(after)s) ORDER BY wake_at, run_id LIMIT %(limit)s"
 )
 _MESSAGED = f"{_SELECT} WHERE state = 'paused' AND messaged AND run_id > %(after)s ORDER BY run_id LIMIT %(limit)s"
 _PREFIX = f"{_SELECT} WHERE run_id LIKE %(pattern)s ORDER BY run_id LIMIT %(limit)s"
@@ -213,9 +213,20 @@ def find_runs(database: Database, prefix: str, limit: int, now: float | None) ->
     return _readable(database, "find runs", _PREFIX, {"pattern": pattern, "limit": limit, "now": now})
 
 
-def list_due(database: Database, due: float | None, limit: int, now: float | None) -> list[RunRecord]:
+def list_due(
+    database: Database, due: float | None, limit: int, after: RunRecord | None, now: float | None
+) -> list[RunRecord]:
     """See ``Storage.list_due``."""
-    return _readable(database, "list the runs that are due", _DUE, {"due": due, "limit": limit, "now": now})
+    found: list[RunRecord] = []
+    above = due_after(after)
+    while len(found) < limit:
+        values: dict[str, Any] = {"due": due, "limit": limit - len(found), "now": now}
+        rows = database.query("list the runs that are due", _DUE, {**values, "after_at": above[0], "after": above[1]})
+        found += readable(database, rows)
+        if len(rows) < values["limit"]:
+            break
+        above = rows[-1][-1], rows[-1][2]  # some were damaged: a short list would say that there are no more
+    return found
 
 
 def list_messaged(database: Database, limit: int, after: str, now: float | None) -> list[RunRecord]:

@@ -48,20 +48,21 @@ def lock_of(*names: str) -> int:
     return int.from_bytes(digest, "big", signed=True)
 
 
-def migrate(database: Database, migrations: list[str] | None = None) -> None:
-    """Bring the store to the newest version. Of any number of processes one does, the others wait for it.
+def migrate(database: Database, migrations: list[str] | None = None) -> int:
+    """Bring the store to the newest version, and give that. Of any number of processes one does, the others wait.
 
     Raises ``StoreTooNew``, ``StorageError``.
     """
     steps = scripts() if migrations is None else migrations
-    while database.run("open it", lambda connection, _: _version(database, connection, len(steps))) < len(steps):
+    while database.run("open it", lambda connection, _: version_of(database, connection, len(steps))) < len(steps):
         database.transaction(
             "migrate it", lambda connection, _: _next(database, connection, steps), seconds=MIGRATION_SECONDS
         )
+    return len(steps)
 
 
-def _version(database: Database, connection: Connection, newest: int) -> int:
-    """The version of the store, 0 for none. Raises ``StoreTooNew``."""
+def version_of(database: Database, connection: Connection, newest: int) -> int:
+    """The version of the store, 0 for none. Raises ``StoreTooNew`` when it is above ``newest``."""
     schema = database.address.schema
     # Not to_regclass: within a transaction it does not see what another one has made meanwhile.
     if connection.execute(_HAS_TABLE, [schema, TABLE]).fetchone() is None:
@@ -80,7 +81,7 @@ def _next(database: Database, connection: Connection, steps: list[str]) -> None:
     """Make one step, if another process has not made it meanwhile."""
     schema = database.address.schema
     connection.execute("SELECT pg_advisory_xact_lock(%s)", [lock_of("migrate", schema)])
-    version = _version(database, connection, len(steps))
+    version = version_of(database, connection, len(steps))
     if version == len(steps):
         return
     if version == 0:

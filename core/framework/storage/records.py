@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
@@ -57,6 +58,17 @@ class RunRecord:
     recovery_attempts: int
     parent_run_id: str | None
     wake_at: float | None = None
+
+
+_FAR = sys.float_info.max
+"""A time after all others, and with a minus before them; not every store can be asked about infinity."""
+
+
+def due_after(run: RunRecord | None) -> tuple[float, str]:
+    """The time to wake at and the id above which ``list_due`` goes on after ``run``; below all without one."""
+    if run is None:
+        return -_FAR, ""
+    return (run.wake_at if run.wake_at is not None else _FAR), run.run_id
 
 
 def attempts_after_claim(found: RunRecord) -> int:

@@ -132,7 +132,7 @@ def of_lease(record: RunRecord, now: float) -> Finding | None:
     gone = left > 0 and is_alive(record.owner) is False
     unfinished = record.state in (RunState.RUNNING, RunState.CRASHED)
     far = left > FAR_SECONDS
-    lasts = f"its lease lasts {_span(left)} more" + (", longer than any is given: a clock was wrong" if far else "")
+    lasts = f"its lease lasts {span(left)} more" + (", longer than any is given: a clock was wrong" if far else "")
     if gone:
         then = "release it; `surefoot recover` resumes the run" if unfinished else "release it"
         return Finding("lease", record.run_id, "lease", f"its process is gone, {lasts}", far, then, token=record.token)
@@ -141,7 +141,7 @@ def of_lease(record: RunRecord, now: float) -> Finding | None:
         return Finding("lease", record.run_id, "lease", lasts, serious=True, advice=advice)
     if left <= 0 and unfinished:
         advice = "`surefoot recover` resumes it"
-        return Finding("lease", record.run_id, "lease", f"its lease expired {_span(-left)} ago", False, advice=advice)
+        return Finding("lease", record.run_id, "lease", f"its lease expired {span(-left)} ago", False, advice=advice)
     return None
 
 
@@ -160,7 +160,8 @@ def _records(storage: Storage, run_id: str | None) -> Iterator[RunRecord]:
         before = page[-1]
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
+    """A time in words: ``40 s``, ``10 minutes``, ``90 days``."""
     for unit, name in ((86_400, "days"), (3_600, "hours"), (60, "minutes")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.0f} {name}"

@@ -97,7 +97,8 @@ class KeepsRuns(ABC):
     def prune_older(self, run_id: str, before: float, limit: int = 50, *, dry_run: bool = False) -> int:
         """Remove at most ``limit`` of a run's checkpoints made before ``before``, the oldest first; how many.
 
-        The newest that can be read stays, and so do pinned ones and all of a pinned run. Call it until it gives 0.
+        Fewer go, at least one, when others would have to wait while large ones do. The newest that can be read stays,
+        and so do pinned ones and all of a pinned run. Call it until it gives 0.
         With ``dry_run`` nothing changes, and ``limit`` does not count.
         """
 

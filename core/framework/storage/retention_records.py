@@ -115,10 +115,11 @@ class SweepReport:
 
     ``now`` is the moment that ages are counted from, in seconds since the epoch. ``runs`` and ``parts`` went, and
     ``checkpoints`` of runs that stay; ``rules`` says how many runs by which rule, in words. ``freed_bytes`` is what the
-    runs that went took, as of ``Retired``; ``given_back_bytes`` went from the file to the file system. ``removed`` and
-    ``kept`` name at most ``MOST_LISTED`` runs each; ``kept_runs`` counts all. ``used_bytes`` are those before and
-    after. ``over_bytes`` is by how much the store still holds more than the policy's ``max_total_bytes``. ``complete``
-    says that nothing is left to do; ``False`` after ``limit`` runs, or when it was stopped.
+    runs that went took, as of ``Retired``; ``given_back_bytes`` went from the file to the file system. ``removed``
+    names at most ``MOST_LISTED`` runs of each rule and ``kept`` so many in all; ``kept_runs`` counts them.
+    ``used_bytes`` are those before and after. ``over_bytes`` is by how much the store still holds more than the
+    policy's ``max_total_bytes``. ``complete`` says that nothing is left to do; ``False`` after ``limit`` runs, or when
+    it was stopped.
     """
 
     dry_run: bool = False

@@ -67,6 +67,7 @@ from framework.storage.records import (
     VerifyReport,
     Write,
     attempts_after_claim,
+    due_after,
 )
 from framework.storage.sqlite_contents import HasContents
 from framework.storage.sqlite_pins import refuse_if_pinned
@@ -347,24 +348,26 @@ class SQLiteStorage(FindsDocuments, ReadsCommits, SweepsSQLite, FindsStrays, Has
 
     def find_runs(self, prefix: str, limit: int = 100) -> list[RunRecord]:
         # A range of the index of run_id: SQLite compares text as UTF-8 bytes, of which nothing is above this mark.
-        bounds = (check_prefix(prefix).encode(), limit)
+        bounds = {"prefix": check_prefix(prefix).encode(), "limit": limit}
         with self._guard("find runs") as db:
             rows = db.execute(
-                f"SELECT {RUN_COLUMNS} FROM runs WHERE run_id >= CAST(?1 AS TEXT) AND "
-                "run_id < CAST(?1 || x'F8' AS TEXT) ORDER BY run_id LIMIT ?2",
+                f"SELECT {RUN_COLUMNS} FROM runs WHERE run_id >= CAST(:prefix AS TEXT) AND "
+                "run_id < CAST(:prefix || x'F8' AS TEXT) ORDER BY run_id LIMIT :limit",
                 bounds,
             )
             return self._readable(rows)
 
-    def list_due(self, now: float | None = None, limit: int = 100) -> list[RunRecord]:
+    def list_due(self, now: float | None = None, limit: int = 100, after: RunRecord | None = None) -> list[RunRecord]:
         with self._guard("list the runs that are due") as db:
             # The plus keeps SQLite from reading all paused runs: few of them have a time.
             rows = db.execute(
-                f"SELECT {RUN_COLUMNS} FROM runs WHERE wake_at <= ? AND +state = 'paused' "
-                "ORDER BY wake_at, run_id LIMIT ?",
-                (self._clock() if now is None else now, limit),
+                f"SELECT {RUN_COLUMNS} FROM runs WHERE wake_at <= ? AND (wake_at, run_id) > (?, ?) "
+                "AND +state = 'paused' ORDER BY wake_at, run_id",
+                (self._clock() if now is None else now, *due_after(after)),
             )
-            return self._readable(rows)
+            # Read one by one, for damaged ones to be passed over: a short list says that there are no more.
+            with closing(rows):
+                return list(islice(self._each_readable(rows), limit))
 
     def list_messaged(self, limit: int = 100, after: str = "") -> list[RunRecord]:
         with self._guard("list the runs with messages") as db:

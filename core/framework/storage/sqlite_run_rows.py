@@ -7,7 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_SLICE_ROWS, _SLICE_BYTES = 50, 4 << 20
+_SLICE_ROWS = 50
+SLICE_BYTES = 4 << 20
 """Rows, and bytes of them, that go in one statement: the clock is looked at between two."""
 
 
@@ -40,12 +41,12 @@ class _Table:
         return f"(SELECT coalesce(sum({takes}), 0) FROM {self.name} WHERE run_pk = :pk)"
 
     def lengths(self) -> str:
-        return f"SELECT {self.large} FROM {self.name} WHERE run_pk = ?1 LIMIT ?2"
+        return f"SELECT {self.large} FROM {self.name} WHERE run_pk = :pk LIMIT :rows"
 
     def delete(self) -> str:
         key = f"({self.key})" if "," in self.key else self.key
-        first = f"SELECT {self.key} FROM {self.name} WHERE run_pk = ?1 LIMIT ?2"
-        return f"DELETE FROM {self.name} WHERE run_pk = ?1 AND {key} IN ({first})"
+        first = f"SELECT {self.key} FROM {self.name} WHERE run_pk = :pk LIMIT :rows"
+        return f"DELETE FROM {self.name} WHERE run_pk = :pk AND {key} IN ({first})"
 
 
 _TABLES = (
@@ -79,9 +80,9 @@ def size_of(db: sqlite3.Connection, pk: int, run_id: str, page_bytes: int) -> fl
 def purge(db: sqlite3.Connection, pk: int, until: float) -> bool:
     """Remove rows of a run that is gone, until a moment of the monotonic clock; whether none is left."""
     for lengths, delete in _PURGE:
-        while sizes := db.execute(lengths, (pk, _SLICE_ROWS)).fetchall():
+        while sizes := db.execute(lengths, {"pk": pk, "rows": _SLICE_ROWS}).fetchall():
             count = _slice_of([row[0] for row in sizes])
-            db.execute(delete, (pk, count))
+            db.execute(delete, {"pk": pk, "rows": count})
             if time.monotonic() >= until:
                 return False
             if count == len(sizes) < _SLICE_ROWS:
@@ -94,6 +95,6 @@ def _slice_of(sizes: Sequence[int]) -> int:
     total = 0
     for count, size in enumerate(sizes):
         total += size
-        if total > _SLICE_BYTES:
+        if total > SLICE_BYTES:
             return max(1, count)
     return len(sizes)

@@ -77,9 +77,6 @@ class Aside:
         with self._lock:
             if self._connection is None:
                 self._connection = schema.connect(self._path, self._busy_seconds)
-                # Some builds of SQLite overwrite what is removed by default. To write a page and free it took 100 times
-                # as long as to free it (25 ms for a value of 5 MB), while everybody waits.
-                self._connection.execute("PRAGMA secure_delete = FAST").fetchall()
             yield self._connection
 
     def close(self) -> None:
@@ -395,12 +392,20 @@ class SweepsSQLite:
             going = [] if row is None else self._to_drop(db, row["pk"], before, needed)
             if row is None or not going:
                 return 0
+            return self._drop_some(db, row["pk"], going[: max(1, limit)])
+
+    def _drop_some(self, db: sqlite3.Connection, pk: int, going: Sequence[int]) -> int:
+        """Drop these checkpoints one by one, until much room is free; how many. What a checkpoint holds that no other
+        needs is known only afterwards."""
+        free, page = _pages(db)[1:]
+        for dropped, sequence in enumerate(going, 1):
             # Below the first that stays, all but the pinned go.
-            last = going[: max(1, limit)][-1]
             next_one = "SELECT min(sequence) FROM checkpoints WHERE run_pk = ? AND sequence > ?"
-            stays = db.execute(next_one, (row["pk"], last)).fetchone()[0]
-            first = db.execute("SELECT min(sequence) FROM checkpoints WHERE run_pk = ?", (row["pk"],)).fetchone()[0]
-            return sqlite_retention.drop_below(db, row["pk"], stays, first)
+            stays = db.execute(next_one, (pk, sequence)).fetchone()[0]
+            sqlite_retention.drop_below(db, pk, stays, sequence)
+            if (_pages(db)[1] - free) * page >= sqlite_run_rows.SLICE_BYTES:
+                return dropped
+        return len(going)
 
     def _to_drop(self, db: sqlite3.Connection, pk: int, before: float, needed: int | None) -> list[int]:
         """The checkpoints of a run that may go by age, in order."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from framework.schemas.retention import RetentionPolicy
 from framework.schemas.run import RunState
-from framework.storage.records import RunRecord
+from framework.storage.records import Retention, RunRecord
 from framework.storage.retention_records import MOST_LISTED, Kept, Removed, SweepReport
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ _STEP_SECONDS = 0.002
 """How long one step works in the store; writing it down comes on top."""
 _REST = 4.0
 """A pause after a step is this many times as long as the step: others have the store for most of the time."""
+_FIRST_AT_ONCE, _MOST_AT_ONCE = 25, 500
+"""How many checkpoints beyond a number go in a run's first step, and in any of them."""
+_LONGEST_SYNC = 0.01
+"""How much of a step may be waiting for the disk, in seconds."""
 _SHORTEST_REST, _LONGEST_REST = 0.002, 0.03
 
 
@@ -48,7 +52,7 @@ class Rules:
         if self.before is not None and run.updated_at < self.before and self.max_age is not None:
             return f"older than {in_words(self.max_age)}"
         if self.keep == 0 or (self.newest is not None and change(run) < change(self.newest)):
-            return f"not among the newest {self.keep}" if self.keep else "none of its kind is kept"
+            return f"not among the newest {self.keep:,}" if self.keep else "none of its kind is kept"
         return ""
 
 
@@ -112,8 +116,6 @@ class _Sweep:
     those that would go."""
     foretold: set[str] = field(default_factory=set)
     """Runs and parts that a dry run says would go: nothing of them is left to be pruned."""
-    at_once: int = 1
-    """Old checkpoints pruned in one step; follows how long that takes."""
 
     def run(self) -> None:
         used = self.report.used_bytes_before
@@ -164,11 +166,25 @@ class _Sweep:
         """
         rule = f"the store holds more than {most:,} bytes"
         for page in self._pages(lambda after: self.storage.list_ended((*COMPLETED, *FAILED), _PAGE, after)):
-            for run in page:
-                if used - self.report.freed_bytes <= most or self._is_over():
+            left = [run for run in page if run.run_id not in self.settled]
+            while left:
+                above = used - self.report.freed_bytes - most
+                if above <= 0 or self._is_over():
                     return
-                # One by one: each may be the last that has to go.
-                self._retire([run], lambda _: rule)
+                count = self._enough(left, above)
+                self._retire(left[:count], lambda _: rule)
+                left = left[count:]
+
+    def _enough(self, runs: Sequence[RunRecord], above: int) -> int:
+        """How many of these, the first first, go until they took so many bytes; at least one."""
+        if self.report.dry_run:
+            return 1
+        looked = self.storage.retire_runs(runs, removable(self.policy), dry_run=True)
+        for count, each in enumerate(looked, 1):
+            above -= each.bytes
+            if above <= 0:
+                return count
+        return len(runs)
 
     def _retire(self, runs: Sequence[RunRecord], why: Callable[[RunRecord], str]) -> None:
         waiting = [run for run in runs if run.run_id not in self.settled]
@@ -204,7 +220,7 @@ class _Sweep:
         report.rules[rule] = report.rules.get(rule, 0) + 1
         report.parts += parts
         report.freed_bytes += size
-        if len(report.removed) < MOST_LISTED:
+        if report.rules[rule] <= MOST_LISTED:
             report.removed.append(Removed(run.run_id, run.state, run.updated_at, parts, size, rule))
 
     def _purge(self) -> None:
@@ -229,12 +245,11 @@ class _Sweep:
             return
         while not self._is_stopped():
             began = time.monotonic()
-            gone = self.storage.prune_older(run_id, before, self.at_once)
+            gone = self.storage.prune_older(run_id, before)
             took = time.monotonic() - began
             self.report.checkpoints += gone
             if not gone:
                 return
-            self.at_once = min(500, self.at_once * 2) if took < 2 * _STEP_SECONDS else max(1, self.at_once // 2)
             self._told(took)
 
     def _shrink(self) -> None:
@@ -277,6 +292,55 @@ class _Sweep:
         if self.stop.is_set():
             self.report.complete = False
         return self.stop.is_set()
+
+
+class Pruning:
+    """``Storage.prune`` of one run after another, in short steps with pauses between them, as sweeps are made.
+
+    ``on_step`` is told after each step how many checkpoints it removed. A kill between two loses nothing.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        keep: int,
+        on_step: Callable[[int], None] | None = None,
+        rest: Callable[[float, threading.Event], None] = rest,
+    ) -> None:
+        self._storage = storage
+        self._keep = keep
+        self._on_step = on_step
+        self._rest = rest
+        self._never = threading.Event()
+        self._at_once = _FIRST_AT_ONCE
+        self._shortest = _LONGEST_SYNC
+
+    def prune(self, run_id: str, stored: int) -> int:
+        """Remove all but the newest checkpoints of a run that has ``stored`` of them, but for pinned ones; how many.
+
+        Raises ``StorageError``.
+        """
+        gone = 0
+        # What the next run's checkpoints hold is not known yet.
+        self._at_once = min(self._at_once, _FIRST_AT_ONCE)
+        while True:
+            stored = max(self._keep, stored - self._at_once)
+            began = time.monotonic()
+            step = self._storage.prune(run_id, Retention(stored))
+            took = time.monotonic() - began
+            gone += step
+            self._adapt(took)
+            if self._on_step is not None:
+                self._on_step(step)
+            self._rest(took, self._never)
+            if stored == self._keep:
+                return gone
+
+    def _adapt(self, took: float) -> None:
+        # Each step waits for the disk once, however little it removes: fewer at a time would make that no shorter.
+        self._shortest = min(self._shortest, took)
+        is_short = took < self._shortest + 2 * _STEP_SECONDS
+        self._at_once = min(_MOST_AT_ONCE, self._at_once * 2) if is_short else max(1, self._at_once // 2)
 
 
 def sweep(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from framework.runner.cli import recovering
 from framework.schemas.run import RunState
 from framework.storage.backend import open_storage
 from framework.storage.records import RunRecord
@@ -33,6 +34,20 @@ def crash_by_itself(site: Site) -> None:
         "NODES = {'survey': survey, 'build': build, 'hand_over': lambda house: house}\n"
     )
     site.make_agent(nodes=nodes)
+
+
+def test_what_a_worker_told_is_kept_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of runs that it could not take up, and that others have finished or deleted since."""
+    monkeypatch.setattr(recovering, "_MOST_SHOWN", 3)
+    told = recovering.Told()
+    for number in range(10):
+        failed = recovering.Recovered(f"r{number}", None, "failed", error="no")
+        assert [told.is_new(failed), told.is_new(failed)] == [True, False]
+    assert list(told._last) == ["r7", "r8", "r9"]
+    assert told.is_new(recovering.Recovered("r9", None, "failed", error="another"))
+    assert told.is_new(recovering.Recovered("r9", None, "completed"))
+    assert told.is_new(recovering.Recovered("r9", None, "failed", error="another"))
+    assert list(told._last) == ["r7", "r8", "r9"]
 
 
 def test_a_run_that_ends_its_process_each_time_is_given_up_and_shown_so(site: Site, here: Here) -> None:

@@ -323,3 +323,56 @@ def test_a_last_sweep_that_fails_is_no_failure_of_the_command(caplog: pytest.Log
         storage.close()
         sweeps.at_least_once()
     assert "The store was not swept" in caplog.text
+
+
+# --- by number ------------------------------------------------------------------------------------------------------
+
+
+def test_pruning_by_number_does_what_it_said_and_gives_room_back(here: Here, tmp_path: Path) -> None:
+    with SQLiteStorage(tmp_path / "kept.db") as storage:
+        for run_id in ("whole", "damaged", "newest damaged", "states damaged", "pinned", "short"):
+            writer = Writer(storage, run_id)
+            for number in range(2 if run_id == "short" else 8):
+                writer.write({"a": f"{number}" * 50_000})
+        storage.pin("pinned", "ckpt_4")
+        for run_id, sequence in (("damaged", 6), ("newest damaged", 8), ("newest damaged", 7)):
+            where = "run_pk = (SELECT pk FROM runs WHERE run_id = ?) AND sequence = ?"
+            storage._db.execute(f"UPDATE checkpoints SET crc = 0 WHERE {where}", (run_id, sequence))
+        # Their rows can be read, and what they are of cannot: the fifth is the newest that can, and stays.
+        where = "run_pk = (SELECT pk FROM runs WHERE run_id = 'states damaged') AND sequence > 5"
+        storage._db.execute(f"UPDATE chunks SET checksum = x'00' WHERE {where}")
+        url = storage.url
+    words = ("checkpoints", "prune", "--all", "--keep", "3", "--storage", url, "-o", "json")
+    foretold = here(*words, "--dry-run").document
+    assert foretold == {"keep": 3, "would_remove": 5 + 5 + 5 + 4 + 4, "removed": 0, "runs": 5}
+    done = here(*words, "--yes").document
+    assert (done["removed"], done["would_remove"], done["runs"]) == (23, 23, 5)
+    assert done["used_bytes_before"] - done["used_bytes_after"] > 15 * 50_000
+    assert done["given_back_bytes"] > 15 * 50_000
+    assert here(*words, "--dry-run").document["would_remove"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "step", "said"),
+    [
+        (("--all", "--keep", "1"), "prune", "Removed 1 checkpoint until now. The same command goes on."),
+        (("--keep-completed", "0"), "purge", "Removed 4 runs until now. The same command goes on."),
+    ],
+)
+def test_an_interrupted_prune_says_what_is_gone(
+    words: tuple[str, ...], step: str, said: str, store: str, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    carry_out = getattr(SQLiteStorage, step)
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(step)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return carry_out(*arguments)
+
+    monkeypatch.setattr(SQLiteStorage, step, interrupted)
+    monkeypatch.setattr("framework.storage.sweeping._FIRST_AT_ONCE", 1)
+    monkeypatch.setattr("framework.storage.sweeping._STEP_SECONDS", 60.0)
+    done = here("checkpoints", "prune", "--storage", store, *words, "--yes")
+    assert (done.code, said in done.err) == (130, True), done.err

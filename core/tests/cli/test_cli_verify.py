@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import sqlite3
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from framework.schemas.run import RunState
 from framework.storage.backend import open_storage
-from framework.storage.contract import new_run
+from framework.storage.contract import accept, commit, new_run
 from framework.storage.encryption import KeyRing
 from framework.storage.encryption_keys import write_key_file
+from framework.storage.ownership import new_owner, retire
 from framework.storage.sqlite import SQLiteStorage
 from tests import forks
-from tests.cli.cli_kit import CORE
+from tests.cli.cli_kit import CORE, Done, Site
 from tests.cli.runs_kit import DONE, Command
+
+Here = Callable[..., Done]
 
 
 def owner_that_is_gone() -> str:
@@ -84,6 +89,36 @@ def test_leases(own: Command) -> None:
     mended = own("checkpoints", "verify", "held", "--repair", "--yes")
     assert mended.code == 0
     assert "held: its lease was released" in mended.out
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_doctor_tells_of_runs_whose_processes_are_gone(here: Here, site: Site) -> None:
+    owner = new_owner()
+    retire(owner)
+    with open_storage(site.url) as store:
+        store.open_run(new_run("held"), owner, 600)
+    one = here("doctor")
+    assert one.code == 0
+    said = flat(one.out)
+    assert "! leases 1 run is held by a process that is gone, for 10 minutes more `surefoot recover` takes it" in said
+    assert "it over at once on this machine; others wait for the lease, or release it: `surefoot checkpoints" in said
+    assert "! crashed 1 run has lost its process `surefoot recover` resumes it." in said
+    assert "No problems, 2 warnings." in one.out
+    with open_storage(site.url) as store:
+        store.open_run(new_run("again"), owner, 10_800)
+    two = flat(here("doctor").out)
+    assert "! leases 2 runs are held by processes that are gone, for up to 3 hours more" in two
+    assert "takes them over at once on this machine; others wait for the leases, or release them:" in two
+    assert "! crashed 2 runs have lost their processes `surefoot recover` resumes them." in two
+    with open_storage(site.url) as store:
+        for run_id in ("held", "again"):
+            accept(store, commit(1, run_id, token=1, state=RunState.PAUSED))
+    paused = flat(here("doctor").out)
+    assert "A resume takes them over at once on this machine" in paused
+    assert "crashed" not in paused
 
 
 def test_doctor_tells_of_strays(strays: Command) -> None:

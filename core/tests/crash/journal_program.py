@@ -178,6 +178,34 @@ async def _threads(ctx: NodeContext, outside: Outside) -> list[int]:
     return [first, *rows[0], *rows[1], await ctx.call("get", outside.reach, "last")]
 
 
+def paused(outside: Outside, seed: int, in_threads: bool) -> Calls:
+    """Three tasks or threads that begin by the same call, each after a pause of its own; another one each time."""
+    chance = random.Random(seed)
+
+    async def body(ctx: NodeContext) -> list[int]:
+        journal = ctx.journal
+        assert journal is not None
+
+        def get(what: str) -> int:
+            return journal.call_blocking("get", request_hash(what, "what"), lambda key: outside.reach(what), CallSpec())
+
+        def thread(name: str, pause: float) -> list[int]:
+            time.sleep(pause)
+            return [get("hello"), get(f"{name}.1"), get(f"{name}.2")]
+
+        async def task(name: str, pause: float) -> list[int]:
+            await asyncio.sleep(pause)
+            return [await ctx.call("get", outside.reach, what) for what in ("hello", f"{name}.1", f"{name}.2")]
+
+        first = await ctx.call("get", outside.reach, "first")
+        pauses = {name: chance.uniform(0, 0.02) for name in "abc"}
+        rows = [asyncio.to_thread(thread, *each) if in_threads else task(*each) for each in pauses.items()]
+        found = [number for row in await asyncio.gather(*rows) for number in row]
+        return [first, *found, await ctx.call("get", outside.reach, "last")]
+
+    return Calls(body)
+
+
 async def _handled(ctx: NodeContext, outside: Outside) -> list[int]:
     """A call that raises, which the step handles by other calls."""
 
@@ -224,6 +252,8 @@ async def execute(url: str, port: int, work: str, die_at: int, seed: int, config
     elif work in SHAPES:
         shape = SHAPES[work]
         node = Calls(lambda ctx: shape(ctx, outside))
+    elif work in ("paused tasks", "paused threads"):
+        node = paused(outside, seed, work == "paused threads")
     elif work == "concurrent":
         node = concurrent(outside, seed)
     else:

@@ -201,13 +201,15 @@ def test_concurrent_calls_killed_at_random_at_length(make_world: Callable[..., W
 
 
 SHAPES = {"background": 8, "group": 8, "completed": 8, "threads": 8, "handled": 6}
-"""How many calls each makes."""
+PAUSED = {"paused tasks": 11, "paused threads": 11}
+"""How many calls each makes; in the latter, tasks and threads come in another order in each process."""
 
 
 def shape_killed(world: World, *die_at: int) -> None:
     """One process is killed at each of these requests of its own; then one comes to the end."""
     kills = 0
     for at in die_at:
+        world.seed += 1
         if (result := world.live(at)) is not None:
             break
         kills += 1
@@ -215,13 +217,14 @@ def shape_killed(world: World, *die_at: int) -> None:
         result = world.live()
     assert result is not None
     assert result["success"], result["error"]
-    calls = SHAPES[world.work]
+    calls = (SHAPES | PAUSED)[world.work]
     assert len(set(result["value"])) == len(result["value"]) == calls, "two calls were given one answer"
     counts = world.counts()
     # At most three calls are in flight at a time here; `World.live` has seen that no finished one was made again.
     assert sum(counts.values()) <= calls + 3 * kills
     assert max(counts.values()) <= 1 + kills
-    assert all(len(keys) == (2 if what == "hello" else 1) for what, keys in world.whats().items()), "another key"
+    alike = 3 if world.work in PAUSED else 2
+    assert all(len(keys) == (alike if what == "hello" else 1) for what, keys in world.whats().items()), "another key"
     assert world.journal() == []
 
 
@@ -243,6 +246,21 @@ def test_steps_of_many_shapes_killed_at_every_place(make_world: Callable[..., Wo
     chance = random.Random(work + backend)
     for _ in range(3):
         shape_killed(make_world(work, backend=backend), *(chance.randrange(1, 6) for _ in range(4)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("backend", ["sqlite", "file"])
+@pytest.mark.parametrize("work", PAUSED)
+def test_tasks_in_another_order_killed_at_every_place(
+    make_world: Callable[..., World], work: str, backend: str
+) -> None:
+    chance = random.Random(work + backend)
+    for at in range(1, PAUSED[work] + 1):
+        shape_killed(make_world(work, backend=backend, seed=100 * at), at)
+    for seed in range(10):
+        deaths = (chance.randrange(2, 8) for _ in range(4))
+        shape_killed(make_world(work, backend=backend, seed=10_000 + 100 * seed), *deaths)
 
 
 def test_an_effect_in_flight_at_a_kill_waits_to_be_settled(make_world: Callable[..., World]) -> None:

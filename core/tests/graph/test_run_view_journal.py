@@ -43,7 +43,7 @@ async def test_a_sleep_is_waited_for_until_it_is_due() -> None:
     view = view_run(storage, "r")
     assert [(each.id, each.kind, each.state) for each in view.calls] == [
         ("work#1/1", "call", "done"),
-        ("work#1/2", "sleep", "done"),
+        ("work#1/2", "sleep", "waiting"),
     ]
     assert "a-password" not in str(view.calls[0].answer)
     [waiting] = view.resume.waiting

@@ -20,11 +20,12 @@ from framework.graph.executor import ExecutionResult, GraphExecutor
 from framework.graph.flexible_executor import FlexibleGraphExecutor
 from framework.graph.journal import current_idempotency_key
 from framework.graph.node import FunctionNode, NodeSpec
-from framework.graph.plan import ExecutionStatus
+from framework.graph.plan import ActionSpec, ExecutionStatus
 from framework.graph.run_view import view_run
-from framework.llm.provider import Tool, ToolPolicy
+from framework.llm.provider import Tool, ToolPolicy, ToolUse
 from framework.runner.node_functions import node_function, policy_of
 from framework.runner.runner import AgentRunner
+from framework.runner.tool_registry import ToolRegistry
 from framework.runtime.core import Runtime
 from framework.schemas.run import RunState
 from framework.storage.backend import open_storage
@@ -109,6 +110,77 @@ async def test_a_function_that_says_nothing_is_called_again_and_not_journaled() 
     result = await bench.run(node)
     assert (result.success, [key for _, key in bank.paid]) == (True, ["run/a#1"] * 2)
     assert bench.manager.journal("run") == []
+
+
+async def test_each_tool_that_such_a_function_calls_has_a_key_of_its_own_the_same_in_each_attempt() -> None:
+    paid: list[str] = []
+
+    def pay(euros: int, idempotency_key: str) -> str:
+        paid.append(idempotency_key)
+        return "paid"
+
+    with ToolRegistry() as tools:
+        tools.register_function(pay)
+        execute = tools.get_executor()
+
+        def three_payments() -> str:
+            results = [execute(ToolUse("id", "pay", {"euros": euros})) for euros in (5, 7, 5)]
+            assert not any(result.is_error for result in results), results
+            if len(paid) == 3:
+                raise RuntimeError("the first attempt fails")
+            return "done"
+
+        graph = GraphExecutor(Runtime(MemoryStorage()), checkpoint_manager=CheckpointManager(MemoryStorage()))
+        graph.register_function("a", three_payments)
+        spec = graph_of(NodeSpec(id="a", node_type="function", max_retries=2))
+        assert (await graph.execute(spec, GOAL, {}, run_id="g")).success
+        assert len(paid) == 6
+        assert len(set(paid)) == 3
+        assert paid[:3] == paid[3:]
+        assert (await graph.execute(spec, GOAL, {}, run_id="other")).success
+        assert not {*paid[:6]} & {*paid[6:]}
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("kind", ["function", "tool_use"])
+async def test_code_deep_inside_a_step_without_a_policy_is_told_its_key(kind: str, recorded: bool) -> None:
+    seen: list[Any] = []
+
+    class Inner(Quiet):
+        async def execute(self, ctx: Any) -> Any:
+            seen.append(current_idempotency_key())
+            return await super().execute(ctx)
+
+    def deep() -> None:
+        seen.append(current_idempotency_key())
+
+    async def pay(idempotency_key: str) -> str:
+        deep()
+        await asyncio.gather(asyncio.to_thread(deep), asyncio.create_task(asyncio.to_thread(deep)))
+        if recorded:  # another run, in it
+            await asyncio.create_task(Bench(MemoryStorage()).run(Inner()))
+        deep()
+        return idempotency_key
+
+    manager = CheckpointManager(MemoryStorage()) if recorded else None
+    within = [None] if recorded else []
+    graph = GraphExecutor(Runtime(MemoryStorage()), checkpoint_manager=manager)
+    graph.register_function("a", pay)
+    spec = graph_of(NodeSpec(id="a", node_type="function"))
+    result = await graph.execute(spec, GOAL, {}, run_id="g" if recorded else None)
+    key = result.output["result"]
+    assert key.endswith("/a#1")
+    assert seen == [key, key, key, *within, key]
+    seen.clear()
+    executor = FlexibleGraphExecutor(Runtime(MemoryStorage()), checkpoint_manager=manager)
+    executor.register_function("pay", pay)
+    name = {"function": "function_name", "tool_use": "tool_name"}[kind]
+    one = step("a").model_copy(update={"action": ActionSpec.model_validate({"action_type": kind, name: "pay"})})
+    done = await executor.execute_plan(plan(one), GOAL, run_id="p" if recorded else None)
+    assert done.status is ExecutionStatus.COMPLETED, done.error
+    assert seen == [seen[0], seen[0], seen[0], *within, seen[0]]
+    assert seen[0].endswith("/a")
+    assert current_idempotency_key() is None
 
 
 async def test_with_fail_the_step_fails_until_it_is_settled() -> None:
@@ -201,7 +273,7 @@ async def test_without_a_checkpoint_manager_it_is_only_called() -> None:
     executor = GraphExecutor(Runtime(open_storage(URL)))
     executor.register_function("a", bank.pay, effects=True)
     result: ExecutionResult = await executor.execute(graph_of(NodeSpec(id="a", node_type="function")), GOAL)
-    assert (result.output["result"], len(bank.paid), bank.inside) == ("receipt 1", 1, [None])
+    assert (result.output["result"], len(bank.paid), bank.inside) == ("receipt 1", 1, [bank.paid[0][1]])
 
 
 def test_a_policy_is_checked_where_it_is_declared() -> None:

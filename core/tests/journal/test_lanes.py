@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
 
 from framework.graph import journal_rows
-from framework.graph.journal import CallSpec, request_hash
+from framework.graph.journal import Call, CallSpec, request_hash
 from framework.graph.journal_rows import Policy
 from framework.graph.suspension import Suspended
 from tests.journal.journal_kit import Life, Outside, Rows
@@ -227,6 +229,76 @@ async def test_threads_repeat_only_what_was_in_flight(work: Work) -> None:
     assert outside.calls == total + 1
     assert life.journal.problems == []
     assert len(set(answers)) == len(answers)
+
+
+name_now: ContextVar[str] = ContextVar("name_now")
+
+
+def in_order(order: str, *, threads: bool) -> Work:
+    """Tasks or threads that begin by the same call, in the given order, and go on each its own way."""
+
+    async def work(life: Life) -> list[str]:
+        gates = [threading.Event() for _ in order]
+        gates[0].set()
+
+        def pass_gate(name: str) -> None:
+            if order.index(name) + 1 < len(order):
+                gates[order.index(name) + 1].set()
+
+        # The next one begins when this one's first call has come, which is before the journal lets it go on.
+        arrived = life.journal._arrived
+
+        def tells(kind: str, name: str, request: str, policy: Policy, key: str | None = None) -> Call:
+            call = arrived(kind, name, request, policy, key)
+            if call.key.request == request_hash("hello", ""):
+                pass_gate(name_now.get())
+            return call
+
+        life.journal._arrived = tells  # type: ignore[method-assign]
+
+        def row(name: str) -> list[str]:
+            name_now.set(name)
+            assert gates[order.index(name)].wait(30)
+            return [blocking(life, each) for each in ("hello", f"{name} 1", f"{name} 2")]
+
+        async def task(name: str) -> list[str]:
+            name_now.set(name)
+            while not gates[order.index(name)].is_set():
+                await asyncio.sleep(0)
+
+            async def call(what: str) -> str:
+                async def make(key: str) -> str:
+                    return life.outside.answer(what, key)
+
+                return await life.journal.call("get", request_hash(what, ""), make, CallSpec())
+
+            return [await call(each) for each in ("hello", f"{name} 1", f"{name} 2")]
+
+        first = await life.call("first")
+        names = sorted(order)
+        rows = [asyncio.to_thread(row, name) if threads else task(name) for name in names]
+        found = await asyncio.gather(*rows)
+        return [first, *[answer for each in found for answer in each], await life.call("last")]
+
+    return work
+
+
+@pytest.mark.parametrize("kind", ["tasks", "threads"])
+@pytest.mark.parametrize("orders", ["ab ba", "abc cab bca", "cba abc"], ids=lambda orders: orders.replace(" ", "-"))
+async def test_tasks_that_begin_alike_in_another_order_repeat_nothing(orders: str, kind: str) -> None:
+    """Each was answered something else. Every process but the last ends in the step's own call after them."""
+    threads = kind == "threads"
+    rows, outside = Rows(), Outside()
+    *before, last = orders.split()
+    total = 2 + 3 * len(last)
+    for number, order in enumerate(before):
+        await crashed(rows, outside, in_order(order, threads=threads), total if number == 0 else 1)
+    life = Life(rows, outside, patience_seconds=30)
+    answers = await life.run(in_order(last, threads=threads))
+    assert outside.calls == total + len(before)
+    assert outside.reached["last"] == 1 + len(before)
+    assert len(set(answers)) == total
+    assert life.journal.problems == []
 
 
 async def test_a_silent_task_does_not_make_the_others_repeat_anything() -> None:

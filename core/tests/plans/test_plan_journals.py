@@ -125,14 +125,14 @@ async def test_an_effect_that_was_cancelled_waits_with_its_approval(places: Plac
 
 
 async def test_an_effect_that_ran_into_the_time_limit_waits(places: Places) -> None:
-    """The attempt failed and was to be retried; whether the tool acted is not known all the same."""
+    """A judge that would say "again" is not asked: whether the tool acted is not known, so the attempt is not over."""
     desk = Desk(places)
     desk.hangs = True
     again = EvaluationRule(id="r", description="r", condition="success == false", action=JudgmentAction.RETRY)
     executor = desk.executor(judge=HybridJudge(rules=[again]))
     executor.config.timeout_seconds = 0.05
     result = await executor.execute_plan(plan(act("a", "tool_use", tool_name="act")), GOAL, run_id="r")
-    assert (result.status, len(desk.uses), result.steps_executed) == (ExecutionStatus.AWAITING_APPROVAL, 1, 1)
+    assert (result.status, len(desk.uses), result.steps_executed) == (ExecutionStatus.AWAITING_APPROVAL, 1, 0)
     [waiting] = view_run(places.store, "r").resume.waiting
     assert (waiting.kind, waiting.step) == ("settle", "a#1")
     [call] = [each for each in desk.calls() if each.state == "unknown"]

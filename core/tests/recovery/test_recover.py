@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Awaitable, Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from framework.errors import ResumeError, RunBusy, StorageError
+from framework.errors import ResumeError, RunBusy
 from framework.graph.checkpoint_manager import CheckpointManager
 from framework.graph.recovery import Recovered
 from framework.graph.run_messages import cancel_name
@@ -22,30 +21,7 @@ from framework.storage.interface import Storage
 from framework.storage.memory import MemoryStorage
 from framework.storage.records import RunRecord
 from framework.storage.sqlite import SQLiteStorage
-
-
-def crashed(store: Storage, *run_ids: str, parent: str | None = None) -> None:
-    for run_id in run_ids:
-        store.open_run(new_run(run_id, parent_run_id=parent), "gone", 0)
-
-
-def ended(store: Storage, run_id: str, state: RunState, error: str | None = None, wake_at: float | None = None) -> None:
-    store.open_run(new_run(run_id))
-    accept(store, commit(1, run_id, state=state, error=error, wake_at=wake_at))
-
-
-def finishing(store: Storage, done: list[str]) -> Callable[[RunRecord], Awaitable[str]]:
-    """Resumes a run as an executor does: claims it, and completes it."""
-
-    async def resume(run: RunRecord) -> str:
-        claimed = store.claim_run(run.run_id, "me", 60)
-        await asyncio.sleep(0)
-        last = commit(claimed.sequence + 1, run.run_id, claimed.token, state=RunState.COMPLETED, release=True)
-        accept(store, last)
-        done.append(run.run_id)
-        return "done"
-
-    return resume
+from tests.recovery.workers_kit import Fickle, crashed, ended, finishing
 
 
 async def test_crashed_due_and_if_asked_failed_runs_are_found_in_this_order(storage: Storage) -> None:
@@ -145,26 +121,6 @@ async def test_an_error_that_is_not_the_librarys_comes_out_once_the_others_have_
 
 
 # --- the worker -----------------------------------------------------------------------------------------------------
-
-
-class Fickle(MemoryStorage):
-    """A store that is away when told so; waiting for work takes no time, and is noted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.away = False
-        self.waited: list[float] = []
-        self.on_wait: Callable[[int], None] = lambda number: None
-
-    def list_runs(self, *arguments: Any, **named: Any) -> list[RunRecord]:
-        if self.away:
-            raise StorageError("the database is away")
-        return super().list_runs(*arguments, **named)
-
-    def wait_for_work(self, timeout: float, stop: threading.Event | None = None) -> bool:
-        self.waited.append(timeout)
-        self.on_wait(len(self.waited))
-        return False
 
 
 async def test_a_worker_works_until_it_is_stopped_and_sees_what_comes_meanwhile() -> None:

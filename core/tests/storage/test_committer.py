@@ -41,7 +41,8 @@ class Watched(MemoryStorage):
         self.gate.set()
         self.renewed = threading.Semaphore(0)
         self.renewals: list[list[tuple[str, int]]] = []
-        self.fail: Exception | None = None
+        self.fail: BaseException | None = None
+        self.answers: int | None = None
 
     def commit(self, commits: Sequence[Write]) -> list[Exception | None]:
         self.entered.release()
@@ -49,7 +50,7 @@ class Watched(MemoryStorage):
         self.batches.append([(one.run_id, one.sequence if isinstance(one, Commit) else 0) for one in commits])
         if self.fail is not None:
             raise self.fail
-        return super().commit(commits)
+        return super().commit(commits)[: self.answers]
 
     def renew_leases(self, leases: Sequence[tuple[str, int]], lease_seconds: float) -> list[RunError | None]:
         try:
@@ -191,6 +192,28 @@ def test_a_store_that_fails_fails_the_whole_batch_and_no_more(store: Watched) ->
             done(future)
     store.fail = None
     assert done(committer.commit(commit(1, "run_1", 1))) is None
+
+
+class Ends(BaseException):
+    """What is no ``Exception``, as of a backend that means to end its thread."""
+
+
+def test_what_a_backend_does_wrong_is_told_and_leaves_nobody_waiting(store: Watched) -> None:
+    committer = committer_of(store)
+    store.fail = Ends("no more")
+    with pytest.raises(Ends):
+        done(committer.commit(commit(1, "run_1", 1)))
+    first = hold_up(store, committer)
+    group = [committer.commit(commit(1, f"run_{number}", 1)) for number in (1, 2)]
+    store.gate.set()
+    for future in (first, *group):
+        with pytest.raises(Ends):
+            done(future)
+    store.fail, store.answers = None, 0
+    with pytest.raises(StorageError, match=r"Watched.commit answered 0 of 1 writes.* not known"):
+        done(committer.commit(commit(1, "run_1", 1)))
+    store.answers = None
+    assert done(committer.commit(commit(1, "run_2", 1))) is None
 
 
 def test_a_cancelled_commit_is_not_made(store: Watched) -> None:
@@ -475,3 +498,35 @@ def test_a_look_that_fails_is_repeated(monkeypatch: pytest.MonkeyPatch, caplog: 
         assert told.once.acquire(timeout=SOON)
         assert told.heard == [["before it was held"]]
         assert "will try again" in caplog.text
+
+
+def test_a_store_that_is_closed_during_a_look_or_a_renewal_is_no_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(heartbeat, "LOOK_SECONDS", 0.01)
+    called: list[str] = []
+
+    class Closing(MemoryStorage):
+        """Closed by its owner when the heartbeat has begun to ask it."""
+
+        def count_messages(self, run_ids: Sequence[str]) -> dict[str, int]:
+            self.close()
+            called.append("look")
+            return super().count_messages(run_ids)
+
+        def renew_leases(self, leases: Sequence[tuple[str, int]], lease_seconds: float) -> list[RunError | None]:
+            self.close()
+            called.append("renewal")
+            return super().renew_leases(leases, lease_seconds)
+
+    for seconds in (60.0, 0.03):
+        with Closing() as store:
+            record = store.open_run(new_run(), "me", 60)
+            beat = committer_of(store).heartbeat
+            beat.hold("run_1", record.token, seconds, Told() if seconds == 60 else None)
+            until = time.monotonic() + SOON
+            while beat.held:
+                assert time.monotonic() < until
+                time.sleep(0.005)
+    assert called == ["look", "renewal"]
+    assert not caplog.text

@@ -101,8 +101,14 @@ class MixesUpSteps(MemoryStorage):
 
 
 class NeverForgetsTheTime(MemoryStorage):
-    def list_due(self, now: float | None = None, limit: int = 100) -> list[RunRecord]:
-        return sorted(super().list_due(1e15, limit), key=lambda record: record.wake_at or 0)
+    def list_due(self, now: float | None = None, limit: int = 100, after: RunRecord | None = None) -> list[RunRecord]:
+        return sorted(super().list_due(1e15, limit, after), key=lambda record: record.wake_at or 0)
+
+
+class ForgetsWhereItWasDue(MemoryStorage):
+    def list_due(self, now: float | None = None, limit: int = 100, after: RunRecord | None = None) -> list[RunRecord]:
+        later = [run for run in super().list_due(now, 1_000) if after is None or run.run_id > after.run_id]
+        return later[:limit]
 
 
 class ListsAnyRunWithMessages(MemoryStorage):
@@ -148,6 +154,7 @@ class LeavesPartsBehind(MemoryStorage):
         (WritesTheJournalFirst, "batches_mix_commits_and_journals"),
         (MixesUpSteps, "journal_keys_are_checked"),
         (NeverForgetsTheTime, "paused_runs_become_due"),
+        (ForgetsWhereItWasDue, "paused_runs_become_due"),
         (TakesAnAnswerTwice, "message_names_are_taken_once"),
         (ForksWithoutTheInput, "forks_are_whole"),
         (FindsByPattern, "runs_are_found_by_prefix"),

@@ -300,6 +300,22 @@ def test_a_wrong_key_is_no_damage(ring: KeyRing, says: str, store: EncryptedStor
     assert read(store) == []
 
 
+@pytest.mark.parametrize(("ring", "says"), WRONG)
+def test_a_wrong_key_is_refused_by_documents_alone(ring: KeyRing, says: str, inner: Storage) -> None:
+    """As of a runtime that keeps no checkpoints."""
+    EncryptedStorage(inner, RING).save_run(Run(id="d1", goal_id="g"))
+    with pytest.raises(KeyNotFound, match=f"These are not the keys of the store .*{says}") as caught:
+        EncryptedStorage(inner, ring)
+    assert caught.value.key_id == "k2"
+    assert EncryptedStorage(inner, RING).load_run("d1") is not None
+    other = KeyRing([OLD, ("k3", b"3" * 32)])
+    wrong = EncryptedStorage(MemoryStorage(), other)
+    wrong.inner = inner  # as of a process that had opened the store before the first document was in it
+    wrong.save_run(Run(id="d2", goal_id="g"))
+    assert EncryptedStorage(inner, other).load_run("d2") is not None, "one that can be read is enough"
+    assert EncryptedStorage(inner, RING).load_run("d1") is not None
+
+
 def test_an_encrypted_store_does_not_open_without_keys(tmp_path: Path) -> None:
     for url in (each.format(tmp_path) for each in BACKENDS[:2]):
         with open_storage(url, RING) as store:

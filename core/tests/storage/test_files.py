@@ -109,7 +109,7 @@ def test_nothing_is_written_outside(store: FileStorage, tmp_path: Path) -> None:
     assert not list((store.base_path / "checkpoints/by_run").iterdir())
     assert not list((store.base_path / "history").iterdir())
     locks = sorted(path.name for path in (store.base_path / "locks").iterdir())
-    assert locks == ["~definitions.lock", "~indexes.lock"]
+    assert locks == ["~definition-%.lock", "~indexes.lock"]
 
 
 @settings(max_examples=200, deadline=None, database=None)

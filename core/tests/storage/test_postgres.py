@@ -142,6 +142,19 @@ def test_a_wrong_password_fails_at_once(postgres: PostgresServer, monkeypatch: p
         PostgresStorage(postgres.url_of("absent"))
 
 
+@pytest.mark.parametrize(
+    ("said", "advice"),
+    [
+        ('port 25328 failed: FATAL: database "absent" does not exist', "Check the database's name"),
+        ("port 25328 failed: FATAL: sorry, too many clients already", "out of memory or connections"),
+        ("port 53028 failed: Connection refused", "Check that the server runs"),
+    ],
+)
+def test_a_port_is_not_taken_for_a_code(said: str, advice: str) -> None:
+    error = postgres_driver.load().OperationalError(f"connection failed: connection to server at 127.0.0.1, {said}")
+    assert advice in str(postgres_driver.translate(error, "store", "open it"))
+
+
 def test_without_the_driver_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 

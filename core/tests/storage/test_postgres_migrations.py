@@ -28,7 +28,7 @@ from framework.storage.contract import accept, commit, new_run, state_at
 from framework.storage.postgres import PostgresStorage
 from framework.storage.records import NO_TOKEN, JournalRow, JournalWrite
 from framework.storage.sqlite import SQLiteStorage
-from framework.storage.sqlite_schema import MIGRATIONS
+from framework.storage.sqlite_schema import MIGRATIONS, row_crc
 from tests.postgres_server import PostgresServer
 
 FROZEN = Path(__file__).with_name("frozen")
@@ -128,6 +128,103 @@ def test_a_released_migration_never_changes() -> None:
     """A store in the field has run it as it was."""
     for number, script in enumerate(schema.scripts()[: len(RELEASED)], 1):
         assert script.strip() in (FROZEN / f"postgres_{number}.sql").read_text(encoding="utf-8")
+
+
+def offered(url: str) -> tuple[set[tuple[Any, ...]], set[tuple[Any, ...]]]:
+    """What programs call by name: columns with their types, and functions with their arguments and results."""
+    columns = (
+        "SELECT table_name::text, column_name::text, data_type::text FROM information_schema.columns "
+        "WHERE table_schema = '{schema}'"
+    )
+    functions = (
+        "SELECT proname::text, pg_get_function_identity_arguments(oid), pg_get_function_result(oid) FROM pg_proc "
+        "WHERE pronamespace = '{schema}'::regnamespace"
+    )
+    return set(sql(url, columns)), set(sql(url, functions))
+
+
+@pytest.mark.parametrize("number", RELEASED)
+def test_programs_of_every_older_version_find_what_they_call(number: int, postgres_url: str) -> None:
+    """They have the store open while a newer program migrates it."""
+    thaw(postgres_url, number)
+    columns, functions = offered(postgres_url)
+    PostgresStorage(postgres_url).close()
+    columns_now, functions_now = offered(postgres_url)
+    assert columns <= columns_now
+    assert functions <= functions_now
+    must = (
+        "SELECT table_name::text, column_name::text, data_type::text FROM information_schema.columns WHERE "
+        "table_schema = '{schema}' AND is_nullable = 'NO' AND column_default IS NULL AND is_identity = 'NO'"
+    )
+    assert {row for row in sql(postgres_url, must) if row in columns_now - columns} == set(), "they leave these out"
+
+
+JOURNAL_1 = (
+    "SELECT what FROM {schema}.write_journal(%(run_id)s, %(token)s, %(now)s, %(steps)s::text[], "
+    "%(long_steps)s::text[], %(numbers)b::bigint[], %(records)b::bytea[], %(crcs)b::bigint[], %(again)s)"
+)
+"""How programs of schema version 1 write to the journal."""
+JOURNAL_2 = (
+    "write_journal(text, bigint, double precision, text[], text[], bigint[], bytea[], bigint[], boolean, boolean)"
+)
+"""How this version's is told from the others."""
+
+
+@pytest.mark.parametrize("claim", [True, False])
+def test_a_program_of_version_1_goes_on_writing_the_journal(claim: bool, postgres_url: str) -> None:
+    """By a statement that its server had prepared before the store was migrated."""
+    thaw(postgres_url, 1)
+    with psycopg.connect(postgres_url.partition("?")[0], autocommit=True, prepare_threshold=0) as old:
+
+        def write(number: int, record: bytes, token: int) -> str:
+            values: dict[str, Any] = {
+                "run_id": "run_1",
+                "token": token,
+                "now": None,
+                "steps": ["s"],
+                "long_steps": [None],
+                "numbers": [number],
+                "records": [record],
+                "crcs": [row_crc("s", number, record)],
+                "again": False,
+            }
+            statement = JOURNAL_1.replace("{schema}", f'"{name_of(postgres_url)}"').encode()
+            row = old.execute(statement, values, binary=True).fetchone()
+            assert row is not None
+            return str(row[0])
+
+        assert write(1, b"before", NO_TOKEN) == "done"
+        with PostgresStorage(postgres_url) as store:
+            token = store.claim_run("run_1", "me", 600).token if claim else NO_TOKEN
+            assert write(1, b"after", token) == "done"
+            assert write(2, b"more", token) == "done"
+            if claim:
+                assert write(3, b"stale", token - 1) == "lost"
+                assert write(3, b"taken", NO_TOKEN) == "busy"
+            assert store.read_journal("run_1") == [JournalRow("s", 1, b"after"), JournalRow("s", 2, b"more")]
+            assert store.verify().ok
+
+
+def test_a_statement_that_a_newer_store_does_not_know_says_so(postgres_url: str) -> None:
+    """Should a later version drop what this one calls, an open store says what to do about it."""
+    with PostgresStorage(postgres_url) as store:
+        store.open_run(new_run())
+        write = JournalWrite("run_1", NO_TOKEN, [JournalRow("s", 1, b"j")])
+        sql(postgres_url, f"ALTER FUNCTION {{schema}}.{JOURNAL_2} RENAME TO old")
+        with pytest.raises(StorageError, match=r"write_journal.* does not exist.*restore it from a backup") as gone:
+            store.commit([write])
+        assert not isinstance(gone.value, StoreTooNew)
+        sql(postgres_url, "INSERT INTO {schema}.surefoot_migrations (version) VALUES (99)")
+        with pytest.raises(StoreTooNew, match=r"schema version 99.*up to \d+.*Upgrade surefoot"):
+            store.commit([write])
+        with pytest.raises(StoreTooNew):
+            store.commit([write, JournalWrite("run_1", NO_TOKEN, [JournalRow("t", 1, b"j")])])
+        sql(postgres_url, "ALTER TABLE {schema}.runs RENAME COLUMN header TO head")
+        with pytest.raises(StoreTooNew):
+            store.find_run("run_1")
+        sql(postgres_url, "DROP TABLE {schema}.surefoot_migrations")
+        with pytest.raises(StorageError, match="does not exist"):
+            store.find_run("run_1")
 
 
 @pytest.mark.parametrize("start", [0, 1, 2])

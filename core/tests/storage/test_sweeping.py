@@ -17,6 +17,7 @@ from framework.errors import StorageError
 from framework.schemas.checkpoint import CheckpointConfig
 from framework.schemas.retention import RetentionPolicy, parse_age, parse_size
 from framework.schemas.run import RunState
+from framework.storage import sqlite_run_rows
 from framework.storage import sqlite_schema as schema
 from framework.storage.backend import FileStorage, Storage
 from framework.storage.chunks import Chunk
@@ -25,7 +26,7 @@ from framework.storage.contract_retention import FINISHED, ended, ids, purge
 from framework.storage.memory import MemoryStorage
 from framework.storage.retention_records import SweepReport
 from framework.storage.sqlite import SQLiteStorage
-from framework.storage.sweeping import COMPLETED, FAILED, UNFINISHED, Rules, in_words, rules_of, sweep
+from framework.storage.sweeping import COMPLETED, FAILED, UNFINISHED, Pruning, Rules, in_words, rules_of, sweep
 from framework.storage.sweeping_background import start_sweeping
 from framework.testing import ManualClock
 
@@ -245,6 +246,61 @@ def test_slices_of_large_values_are_small_and_write_little(tmp_path: Path) -> No
         # What is freed is not written over first, whatever the library's default is.
         assert path.with_name("runs.db-wal").stat().st_size < 2_000_000
         assert_no_orphans(store)
+
+
+def test_old_checkpoints_with_large_values_go_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_run_rows, "SLICE_BYTES", 250_000)
+    clock = ManualClock()
+    with SQLiteStorage(tmp_path / "runs.db", clock=clock) as store:
+        sizes = {"small": [100] * 60, "large": [100_000] * 12, "mixed": [100] * 30 + [100_000] * 8}
+        for run_id, each in sizes.items():
+            store.open_run(new_run(run_id))
+            values = [[Chunk("a", "set", b'"%b"' % (b"x" * size))] for size in (*each, 1)]
+            accept(store, *(commit(number, run_id, chunks=value) for number, value in enumerate(values, 1)))
+        clock.advance(60)
+        before = store.usage().now - 30
+        steps: dict[str, list[int]] = {run_id: [] for run_id in sizes}
+        for run_id, removed in steps.items():
+            free = store.usage().free_bytes
+            while gone := store.prune_older(run_id, before, 500):
+                free, was = store.usage().free_bytes, free
+                removed.append(gone)
+                assert free - was < 2 * sqlite_run_rows.SLICE_BYTES, (run_id, removed)
+        assert {run_id: sum(removed) for run_id, removed in steps.items()} == {
+            run_id: len(each) for run_id, each in sizes.items()
+        }
+        assert len(steps["small"]) == 1
+        assert len(steps["large"]) >= 3
+        assert store.verify().ok
+
+
+def test_one_run_after_another_is_pruned_in_steps() -> None:
+    store = MemoryStorage()
+    for run_id, count in (("long", 70), ("short", 3)):
+        writer = Writer(store, run_id)
+        for number in range(count):
+            writer.write({"a": number})
+    store.pin("long", "ckpt_2")
+    told: list[int] = []
+    rests: list[float] = []
+    pruning = Pruning(store, 2, told.append, lambda took, stop: rests.append(took))
+    assert pruning.prune("long", 70) == sum(told) == 67
+    assert len(rests) == len(told) >= 2
+    assert max(told) <= 50
+    assert (pruning.prune("short", 3), pruning.prune("short", 2), pruning.prune("nobody", 9)) == (1, 0, 0)
+    assert [row.sequence for row in store.read_checkpoint_rows("long")] == [70, 69, 2]
+    store.close()
+
+
+def test_each_rule_names_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("framework.storage.sweeping.MOST_LISTED", 2)
+    with MemoryStorage() as store:
+        for number in range(4):
+            ended(store, f"done {number}")
+            ended(store, f"failed {number}", RunState.FAILED)
+        report = store.sweep(RetentionPolicy(keep_completed=0, keep_failed=1), dry_run=True)
+        assert [each.run_id for each in report.removed] == ["done 0", "done 1", "failed 0", "failed 1"]
+        assert sorted(report.rules.values()) == [3, 4]
 
 
 def test_one_step_gives_many_pages_back(tmp_path: Path) -> None:

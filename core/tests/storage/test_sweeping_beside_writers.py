@@ -38,8 +38,14 @@ def fill(store: SQLiteStorage, runs: int, commits: int, size: int) -> None:
         accept(store, commit(commits, run_id, state=RunState.COMPLETED))
 
 
-def percentile(seconds: list[float]) -> float:
-    return sorted(seconds)[int(len(seconds) * 0.99)]
+def percentile(seconds: list[float], part: float = 0.99) -> float:
+    return sorted(seconds)[int(len(seconds) * part)]
+
+
+def in_words(seconds: list[float]) -> str:
+    """``p50 0.8, p99 2.1, max 9.3 ms``."""
+    p50, p99, worst = (1e3 * each for each in (percentile(seconds, 0.5), percentile(seconds), max(seconds)))
+    return f"p50 {p50:.1f}, p99 {p99:.1f}, max {worst:.1f} ms"
 
 
 def commits_for(store: SQLiteStorage, run_id: str, until: threading.Event | None) -> list[float]:
@@ -114,9 +120,6 @@ def test_commits_are_hardly_delayed_by_a_sweep(runs: int, commits: int, size: in
             assert store.find_run("old-0") is None
             assert len(beside) > 100
         extra.append(percentile(beside) - percentile(alone))
-        print(
-            f"{place}: p99 alone {percentile(alone) * 1000:.1f} ms, beside a sweep {percentile(beside) * 1000:.1f} ms, "
-            f"{len(beside)} commits meanwhile"
-        )
+        print(f"{place}: alone {in_words(alone)}; beside a sweep {in_words(beside)} ({len(beside)} commits)")
     # The machine is shared with others, who delay commits as well: once is enough to show what the sweep costs.
     assert min(extra) < WORST_EXTRA_SECONDS, extra

@@ -10,7 +10,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +32,8 @@ from framework.runner.cli.verifying import KEEP_LOG
 from framework.schemas.run import RunState
 from framework.storage.backend import Storage, open_storage
 from framework.storage.encryption import EncryptedStorage
-from framework.storage.repair import of_lease
+from framework.storage.records import RunRecord
+from framework.storage.repair import of_lease, span
 from framework.storage.sealed import KEY_FILE_VARIABLE, KEYS_VARIABLE
 from framework.storage.sqlite_wal import lost_commits
 
@@ -279,9 +280,9 @@ def _contents(storage: Storage) -> Iterator[Check]:
         newest = max(newest, run.updated_at)
     listing = ", ".join(f"{counts[state.value]} {state.value}" for state in RunState if state.value in counts)
     yield Check("runs", "ok", listing or "none", facts={"runs": counts})
-    if counts.get(RunState.CRASHED.value):
-        what = counted(counts[RunState.CRASHED.value], "run") + " lost its process"
-        yield Check("crashed", "warning", what, "`surefoot recover` resumes them.")
+    if crashed := counts.get(RunState.CRASHED.value, 0):
+        what = "1 run has lost its process" if crashed == 1 else f"{counted(crashed, 'run')} have lost their processes"
+        yield Check("crashed", "warning", what, f"`surefoot recover` resumes {'it' if crashed == 1 else 'them'}.")
     ahead = newest - time.time()
     if ahead > 5:
         yield Check(
@@ -304,14 +305,14 @@ def _left_over(storage: Storage) -> Iterator[Check]:
     """Leases that nobody can have meant, and what no run needs."""
     mends = "`surefoot checkpoints verify --repair` mends it, and says what it does."
     now = time.time()
-    leases = [found for run in all_runs(storage) if (found := of_lease(run, now)) is not None]
-    wrong = [found for found in leases if found.serious]
-    held = sum(found.repair is not None for found in leases)
+    leases = [(run, found) for run in all_runs(storage) if (found := of_lease(run, now)) is not None]
+    wrong = [found for _, found in leases if found.serious]
+    held = [run for run, found in leases if found.repair is not None]
     if wrong:
         advice = mends if wrong[0].repair else wrong[0].advice
         yield Check("leases", "problem", f"{wrong[0].run_id}: {wrong[0].problem}", advice, {"wrong": len(wrong)})
     elif held:
-        yield Check("leases", "ok", f"{counted(held, 'run')} held by processes that are gone", facts={"held": held})
+        yield _held(held, now)
     strays = storage.find_strays()
     if any(not stray.harmless for stray in strays):
         first = next(stray for stray in strays if not stray.harmless)
@@ -319,6 +320,23 @@ def _left_over(storage: Storage) -> Iterator[Check]:
     elif strays:
         what = f"{counted(len(strays), 'left-over')} of crashes; first {strays[0].name}: {strays[0].problem}"
         yield Check("strays", "warning", what, mends, {"strays": len(strays)})
+
+
+def _held(runs: Sequence[RunRecord], now: float) -> Check:
+    """Runs that are held by processes that are gone: whoever is elsewhere cannot tell, and waits."""
+    left = span(max(run.lease_until for run in runs) - now)
+    if one := len(runs) == 1:
+        what = f"1 run is held by a process that is gone, for {left} more"
+    else:
+        what = f"{counted(len(runs), 'run')} are held by processes that are gone, for up to {left} more"
+    unfinished = any(run.state in (RunState.RUNNING, RunState.CRASHED) for run in runs)
+    taker = "`surefoot recover`" if unfinished else "A resume"
+    it = "it" if one else "them"
+    advice = (
+        f"{taker} takes {it} over at once on this machine; others wait for the lease{'' if one else 's'}, or release "
+        f"{it}: `surefoot checkpoints verify --repair`."
+    )
+    return Check("leases", "warning", what, advice, {"held": len(runs)})
 
 
 def _verified(storage: Storage, verify: bool | None, path: Path | None) -> Iterator[Check]:

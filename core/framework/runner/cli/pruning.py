@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 import click
 
@@ -21,9 +22,10 @@ from framework.runner.cli.stores import all_runs, command_for, find_run, open_st
 from framework.runner.cli.text import ago, counted, size
 from framework.schemas.retention import RetentionPolicy
 from framework.storage.backend import Storage
-from framework.storage.records import Retention
+from framework.storage.records import Damage
 from framework.storage.retention_records import Removed, SweepReport
-from framework.storage.sweeping import in_words
+from framework.storage.sweeping import Pruning, in_words
+from framework.storage.verify import newest_readable
 
 _SHOWN = 10
 """Runs shown by name for each rule."""
@@ -52,8 +54,9 @@ def prune(
     """Remove old checkpoints of runs (--keep), or finished runs and old checkpoints of the whole store.
 
     With --keep the newest checkpoints of RUN, or of --all runs, stay. The other options say which finished runs stay;
-    without any of them the policy in $SUREFOOT_RETENTION counts. Running, paused and crashed runs, pinned runs and
-    checkpoints, and what a run needs to go on stay in any case. Other processes may go on with their runs meanwhile.
+    without any of them the policy in $SUREFOOT_RETENTION counts. Running runs, pinned runs and checkpoints, and what a
+    run needs to go on stay in any case, paused and crashed runs unless --unfinished-max-age is given. Other processes
+    may go on with their runs meanwhile. Interrupted, it has done a part; the same command goes on.
     """
     policy = policy_of(given)
     if keep is not None:
@@ -76,35 +79,103 @@ def prune(
 
 def _prune_runs(settings: Settings, run_id: str | None, keep: int, *, yes: bool, dry_run: bool) -> int:
     screen = settings.screen
+    document: dict[str, Any] = {"keep": keep, "removed": 0}
+    failed: list[tuple[str, str]] = []
     with open_store(settings) as storage:
-        ids = [each.run_id for each in all_runs(storage)] if run_id is None else [find_run(storage, run_id).run_id]
-        going = {each: count for each in ids if (count := _above(storage, each, keep))}
-        total, removed, failed = sum(going.values()), 0, list[tuple[str, str]]()
+        ids = (each.run_id for each in all_runs(storage)) if run_id is None else [find_run(storage, run_id).run_id]
+        going = _look(screen, storage, ids, keep)
+        total = sum(count for _, count in going.values())
+        document |= {"would_remove": total, "runs": len(going)}
         words = f"{counted(total, 'checkpoint')} of {counted(len(going), 'run')}"
         if not going:
             screen.say(f"There is nothing to prune: no run keeps more than {keep}.")
         else:
             screen.say(f"{words} would go; the newest {keep} of each stay.")
             if agreed(settings, f"Remove {words} for good?", yes=yes, dry_run=dry_run):
-                for each in going:
-                    try:
-                        removed += storage.prune(each, Retention(keep))
-                    except SurefootError as error:
-                        failed.append((each, str(error)))
-                screen.say(f"Removed {counted(removed, 'checkpoint')}.")
+                document |= _prune_each(screen, storage, going, keep, failed)
     if screen.json:
-        screen.document({"would_remove": total, "removed": removed, "runs": len(going), "keep": keep})
+        screen.document(document)
     if failed:
-        listing = "; ".join(f"{each}: {problem}" for each, problem in failed)
-        raise CommandError(f"Not all could be pruned: {listing}")
+        shown = "; ".join(f"{each}: {problem}" for each, problem in failed[:_SHOWN])
+        more = f"; and {len(failed) - _SHOWN:,} more" if len(failed) > _SHOWN else ""
+        raise CommandError(f"Not all could be pruned: {shown}{more}")
     return Exit.DONE
 
 
-def _above(storage: Storage, run_id: str, keep: int) -> int:
-    """How many checkpoints a run keeps beyond its newest ``keep``, without pinned ones."""
+def _look(screen: Screen, storage: Storage, ids: Iterable[str], keep: int) -> dict[str, tuple[int, int]]:
+    """By run: how many checkpoints it has, and how many of them would go. Runs of which none would are left out."""
+    going: dict[str, tuple[int, int]] = {}
+    total = 0
+    with _line(screen, "Looking") as tell:
+        for place, run_id in enumerate(ids, 1):
+            stored, above = _above(storage, run_id, keep)
+            if above:
+                going[run_id] = stored, above
+                total += above
+            tell(counted(place, "run"), counted(total, "checkpoint"))
+    return going
+
+
+def _above(storage: Storage, run_id: str, keep: int) -> tuple[int, int]:
+    """How many checkpoints a run has, and how many of them ``Storage.prune`` removes: those below its newest ``keep``
+    and below the newest that can be read, without pinned ones."""
+    damaged: list[Damage] = []
+    readable = [row.sequence for row in storage.read_checkpoint_rows(run_id, damaged.append)]
+    stored = sorted({*readable, *(each.sequence for each in damaged if each.sequence is not None)}, reverse=True)
+    if len(stored) <= keep:
+        return len(stored), 0
+    oldest = stored[keep - 1]
+    if (needed := newest_readable(storage, run_id)) is not None:
+        oldest = min(oldest, needed)
     pinned = {pin.sequence for pin in storage.list_pins([run_id])}
-    older = [row.sequence for row in storage.read_checkpoint_rows(run_id)][keep:]
-    return sum(sequence not in pinned for sequence in older)
+    return len(stored), sum(sequence < oldest and sequence not in pinned for sequence in stored)
+
+
+def _prune_each(
+    screen: Screen,
+    storage: Storage,
+    going: dict[str, tuple[int, int]],
+    keep: int,
+    failed: list[tuple[str, str]],
+) -> dict[str, Any]:
+    """Prune these runs and give the room back; what a document says of it. ``failed`` gets those that cannot be."""
+    before = storage.usage()
+    removed = 0
+    total = sum(count for _, count in going.values())
+
+    def count(step: int) -> None:
+        nonlocal removed
+        removed += step
+        tell(f"{removed:,} of {counted(total, 'checkpoint')}")
+
+    with _line(screen, "Removing") as tell:
+        pruning = Pruning(storage, keep, count)
+        for run_id, (stored, _) in going.items():
+            try:
+                pruning.prune(run_id, stored)
+            except SurefootError as error:
+                failed.append((run_id, str(error)))
+            except KeyboardInterrupt:
+                screen.note(f"Removed {counted(removed, 'checkpoint')} until now. The same command goes on.")
+                raise
+    with _progress(screen, "Tidying up") as show:
+        tidied = storage.sweep(RetentionPolicy(), on_progress=show)
+    screen.say(f"Removed {counted(removed, 'checkpoint')}.")
+    after = storage.usage()
+    screen.fields(_sizes(before.used_bytes, after.used_bytes, tidied.given_back_bytes))
+    return {
+        "removed": removed,
+        "used_bytes_before": before.used_bytes,
+        "used_bytes_after": after.used_bytes,
+        "given_back_bytes": tidied.given_back_bytes,
+    }
+
+
+def _sizes(before: int, after: int, given_back: int, about: str = "") -> list[tuple[Cell, Cell]]:
+    pairs: list[tuple[Cell, Cell]] = [("store", f"{size(before)} before, {about}{size(after)} after")]
+    if given_back:
+        pairs.append(("given back", f"{size(given_back)} to the file system"))
+    return pairs
 
 
 # --- by policy ------------------------------------------------------------------------------------------------------
@@ -119,8 +190,9 @@ def _sweep(settings: Settings, policy: RetentionPolicy, *, yes: bool, dry_run: b
         if foretold.runs or foretold.checkpoints:
             if not screen.json:
                 _preview(screen, foretold, policy)
-            question = f"Remove {removed(foretold)} for good?"
-            if agreed(settings, question, yes=yes, dry_run=dry_run):
+            least = "at least about" if foretold.checkpoints else "about"
+            much = f", {least} {size(foretold.freed_bytes)}," if foretold.runs else ""
+            if agreed(settings, f"Remove {removed(foretold)}{much} for good?", yes=yes, dry_run=dry_run):
                 # Of the moment that was shown: no run gets too old while somebody thinks about it.
                 with _progress(screen, "Removing", foretold.runs) as tell:
                     done = storage.sweep(policy, now=foretold.now, on_progress=tell)
@@ -198,13 +270,15 @@ def _summary(settings: Settings, report: SweepReport, done: bool, stuck: int) ->
         parts = f", with {counted(report.parts, 'part')}" if report.parts else ""
         screen.say(f"{'Removed' if done else 'Would remove'} {removed(report)}{parts}.")
     after = report.used_bytes_after if done else max(0, report.used_bytes_after - report.freed_bytes)
-    pairs: list[tuple[Cell, Cell]] = [
-        ("store", f"{size(report.used_bytes_before)} before, {'' if done else 'about '}{size(after)} after"),
-    ]
-    if report.given_back_bytes:
-        pairs.append(("given back", f"{size(report.given_back_bytes)} to the file system"))
+    # What old checkpoints take is not known before they go.
+    about = "" if done else "at most about " if report.checkpoints else "about "
+    pairs = _sizes(report.used_bytes_before, after, report.given_back_bytes, about)
+    told = 0
     for why, count in Counter(each.why for each in report.kept).most_common(5):
         pairs.append(("stays", f"{counted(count, 'run')}: {why}"))
+        told += count
+    if told < report.kept_runs:
+        pairs.append(("stays", f"{report.kept_runs - told:,} more"))
     screen.fields(pairs)
     if report.over_bytes:
         screen.warning(
@@ -218,23 +292,45 @@ def _summary(settings: Settings, report: SweepReport, done: bool, stuck: int) ->
 
 
 @contextmanager
-def _progress(screen: Screen, doing: str, runs: int = 0) -> Iterator[Callable[[SweepReport], None] | None]:
-    """One line on the terminal that says how far it is, of so many ``runs`` if that is known, while it lasts."""
+def _line(screen: Screen, doing: str) -> Iterator[Callable[..., None]]:
+    """One line on the terminal that says how far it is, while it lasts. Its parts are given after each step, and shown
+    as often as somebody can read them."""
     if not screen.errors_to_terminal:
-        yield None
+        yield lambda *parts: None
         return
     with screen.err.status(f"{doing} ...") as line:
         shown = time.monotonic()
 
-        def tell(report: SweepReport) -> None:
+        def tell(*parts: str) -> None:
             nonlocal shown
-            if time.monotonic() - shown < _SHOWN_SECONDS:
-                return
-            shown = time.monotonic()
-            parts = [f"{report.runs:,} of {counted(runs, 'run')}"] if runs else []
-            parts += [counted(report.runs, "run")] if report.runs and not runs else []
-            parts += [counted(report.checkpoints, "old checkpoint")] if report.checkpoints else []
-            parts += [f"{size(report.given_back_bytes)} given back"] if report.given_back_bytes else []
-            line.update(f"{doing}: {', '.join(parts) or '...'}")
+            if time.monotonic() - shown >= _SHOWN_SECONDS:
+                line.update(f"{doing}: {', '.join(parts) or '...'}")
+                shown = time.monotonic()
 
         yield tell
+
+
+@contextmanager
+def _progress(screen: Screen, doing: str, runs: int = 0) -> Iterator[Callable[[SweepReport], None]]:
+    """As ``_line``, of a sweep that removes so many ``runs``, if that is known."""
+
+    def parts(report: SweepReport) -> list[str]:
+        found = [f"{report.runs:,} of {counted(runs, 'run')}"] if runs else []
+        found += [counted(report.runs, "run")] if report.runs and not runs else []
+        found += [counted(report.checkpoints, "old checkpoint")] if report.checkpoints else []
+        return found + ([f"{size(report.given_back_bytes)} given back"] if report.given_back_bytes else [])
+
+    with _line(screen, doing) as tell:
+        last: SweepReport | None = None
+
+        def told(report: SweepReport) -> None:
+            nonlocal last
+            last = report
+            tell(*parts(report))
+
+        try:
+            yield told
+        except KeyboardInterrupt:
+            if last is not None and not last.dry_run and removed(last):
+                screen.note(f"Removed {removed(last)} until now. The same command goes on.")
+            raise

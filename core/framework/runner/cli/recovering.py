@@ -62,6 +62,24 @@ class Recovered:
     error: str | None = None
 
 
+class Told:
+    """What was told last of runs that could not be taken up, the newest ``_MOST_SHOWN`` of them: a worker lives for
+    months, and others finish or delete what it could not take up."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, Recovered] = {}
+
+    def is_new(self, found: Recovered) -> bool:
+        """Whether ``found`` is to be told: not when it is the same again of a run that could not be taken up."""
+        before = self._last.pop(found.run_id, None)
+        if found.outcome not in _NOT_TAKEN_UP:
+            return True
+        self._last[found.run_id] = found
+        if len(self._last) > _MOST_SHOWN:
+            del self._last[next(iter(self._last))]
+        return before != found
+
+
 @dataclass(slots=True)
 class _Recovery:
     """Looks for crashed runs, and paused ones that can go on, in one store and resumes them, at most ``concurrency`` at
@@ -295,16 +313,13 @@ def _watch(
         screen.note(f"Finished runs are removed by {rule}.")
     left: list[Recovered] = []
     seen: deque[Recovered] = deque(maxlen=_MOST_SHOWN)
-    told: dict[str, Recovered] = {}
+    told = Told()
 
     def tell(found: Recovered) -> None:
         if found.outcome == INTERRUPTED:
             left.append(found)
-        before, told[found.run_id] = told.get(found.run_id), found
-        if found.outcome not in _NOT_TAKEN_UP:
-            del told[found.run_id]
-        elif before == found:
-            return  # the same again of a run that could not be taken up
+        if not told.is_new(found):
+            return
         seen.append(found)
         if not screen.json and found.outcome != "busy":
             more = found.error or f"{counted(found.steps_executed, 'step')}, {found.steps_recovered} kept"

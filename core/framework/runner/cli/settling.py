@@ -40,7 +40,8 @@ def settle(settings: Settings, run_id: str, call: str, done: str | None, redo: b
         whole = _whole(storage, record)
         manager = CheckpointManager(storage)
         calls = {each.id: each for each in manager.journal(record.run_id)}
-        if call not in calls and (part := part_that_waits(storage, record.run_id, call)) is not None:
+        open_here = call in calls and calls[call].state in ("unknown", "running")
+        if not open_here and (part := part_that_waits(storage, record.run_id, call)) is not None:
             record = find_run(storage, part)  # of a sub-graph that the run waits with
             calls = {each.id: each for each in manager.journal(part)}
         if call not in calls:

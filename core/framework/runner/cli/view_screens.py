@@ -38,6 +38,7 @@ CALLS: dict[str, tuple[str, str]] = {
     "failed": ("failed", "failed"),
     "begun": ("again", "in flight"),
     "unknown": ("failed", "effect unknown"),
+    "settled": ("again", "settled"),
     "running": ("running", "running"),
     "waiting": ("paused", "waiting"),
     "timed_out": ("warning", "timed out"),
@@ -224,7 +225,7 @@ def _calls(screen: Screen, view: RunView, *, full: bool) -> None:
 def _detail(call: CallView, *, full: bool) -> str:
     if call.kind == "sleep" and call.until is not None:
         return f"until {clock_time(call.until)}"
-    if call.state == "unknown":
+    if call.state in ("unknown", "settled"):
         return f"policy {call.policy}, key {call.key}"
     text = call.answer if call.answer is not None else call.question or ""
     return text if full else shortened(text, 100)

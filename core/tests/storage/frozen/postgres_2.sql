@@ -469,11 +469,7 @@ BEGIN
 END $$;
 
 -- Version 2: a write to the journal may tell of progress. The tables are the same; records and bodies in them may be
--- short (short_forms.py), which an older program would take for damage.
-
-DROP FUNCTION {schema}.write_journal(
-    text, bigint, double precision, text[], text[], bigint[], bytea[], bigint[], boolean
-);
+-- short (short_forms.py), which an older program refuses to resume. All that such a program calls stays.
 
 CREATE FUNCTION {schema}.write_journal(
     p_run_id text, p_token bigint, p_now double precision, p_steps text[], p_long_steps text[], p_numbers bigint[],
@@ -521,6 +517,17 @@ BEGIN
     END IF;
     v_result.what := 'done';
     RETURN v_result;
+END $$;
+
+CREATE OR REPLACE FUNCTION {schema}.write_journal(
+    p_run_id text, p_token bigint, p_now double precision, p_steps text[], p_long_steps text[], p_numbers bigint[],
+    p_records bytea[], p_crcs bigint[], p_again boolean
+) RETURNS {schema}.outcome LANGUAGE plpgsql AS $$
+-- The call of version 1, for programs of that version that still have the store open: nothing told of progress then.
+BEGIN
+    RETURN {schema}.write_journal(
+        p_run_id, p_token, p_now, p_steps, p_long_steps, p_numbers, p_records, p_crcs, p_again, false
+    );
 END $$;
 
 COMMENT ON COLUMN {schema}.steps.record IS 'The commit''s records as JSON; that of a single step is a list';
