@@ -59,6 +59,21 @@ def one_row_each(given: Given, watch: Watch) -> int:
     return given.steps
 
 
+def waiting(given: Given, watch: Watch) -> int:
+    """Every step: 50 ms of waiting, then one row of 1 KB. A disk and caches that have been idle are slower."""
+    commit, close = writer(given)
+
+    async def steps() -> None:
+        with watch.measured():
+            for number in range(given.steps):
+                await asyncio.sleep(0.05)
+                commit(message(number))
+
+    asyncio.run(steps())
+    close()
+    return given.steps
+
+
 def large(given: Given, watch: Watch) -> int:
     """The 5 MB value once, then a small row for each step; only the steps are measured."""
     commit, close = writer(given)
@@ -167,6 +182,7 @@ if __name__ == "__main__":
             "large": large,
             "concurrent": concurrent,
             "call": one_row_each,
+            "waiting": waiting,
             "prepare": prepare,
             "resume": resume,
         }

@@ -185,6 +185,8 @@ def _asked(waiting: Waiting) -> str:
     match waiting.kind:
         case "approval":
             return f"step {waiting.step!r} needs an approval"
+        case "input" if waiting.question is not None:
+            return f"{waiting.step!r} {waiting.question}"
         case "input":
             return f"{waiting.step!r} asks for {', '.join(waiting.keys) if waiting.keys else 'an answer'}"
         case "sleep":

@@ -63,3 +63,25 @@ def test_the_plan_takes_what_its_sub_graphs_wait_for(site: Site, here: Callable[
     result = execute(site)
     assert (result.status, result.results["waits_y"]) == (ExecutionStatus.COMPLETED, 7)
     assert result.results["pays_y"] == "by hand"
+
+
+def test_a_part_that_was_cancelled_is_shown_so(site: Site, here: Callable[..., Done]) -> None:
+    execute(site, "waits", "pays")
+    assert here("runs", "cancel", "r/waits#1", "--yes").code == 0
+    assert here("runs", "settle", "r", "pays#1/1", "--done", '"by hand"').code == 0
+    assert execute(site).completed_steps == ["pays"]
+    screen = here("runs", "show", "r").out
+    assert "waits#1: was cancelled; it goes on when the plan is called (run r/waits#1)" in screen
+    assert "It waits for a person: 'waits#1' was cancelled; it goes on" in " ".join(screen.split())
+
+
+def test_a_call_of_a_part_with_the_id_of_one_of_the_plans_is_settled(site: Site, here: Callable[..., Done]) -> None:
+    with open_storage(site.url) as store:
+        house = House(store, keep_journal=True)
+        house.graph("pay", pays)
+        house.executor.register_function("paid", lambda: "paid", effects=True)
+        own = {"id": "pay", "action": {"action_type": "function", "function_name": "paid"}}
+        shop = {"id": "shop", "action": {"action_type": "sub_graph", "graph_id": "pay"}, "dependencies": ["pay"]}
+        asyncio.run(house.run(plan_of(own, shop)))
+    settled = here("runs", "settle", "r", "pay#1/1", "--done", '"by hand"', "-o", "json").document
+    assert settled["run_id"] == "r/shop#1"

@@ -16,6 +16,7 @@ from framework.graph.plan import ApprovalDecision, ApprovalResult, ExecutionStat
 from framework.graph.plan_parts import PlanParts
 from framework.graph.recovery import Recovered
 from framework.schemas.run import RunState
+from framework.storage import heartbeat
 from framework.storage.backend import Storage
 from framework.storage.memory import MemoryStorage
 from tests.plans.parts_kit import GOAL, Body, House, Node, plan_of
@@ -329,7 +330,10 @@ async def test_a_crash_of_the_plan_does_not_undo_that_a_part_was_cancelled(memor
     assert house.record("r/s#1").state is RunState.CANCELLED
 
 
-async def test_a_part_that_is_cancelled_as_it_works_holds_its_step(memory: Storage) -> None:
+async def test_a_part_that_is_cancelled_as_it_works_holds_its_step(
+    memory: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "LOOK_SECONDS", 0.01)
     house = House(memory)
     begun = []
 

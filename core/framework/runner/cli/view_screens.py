@@ -242,6 +242,8 @@ def _waits_in_words(waiting: Waiting) -> str:
     match waiting.kind:
         case "approval":
             return f"approval of {waiting.step}: {mask(shortened(waiting.question or '', 200))}"
+        case "input" if waiting.question is not None:
+            return f"{waiting.step}: {waiting.question}"
         case "input":
             return f"{waiting.step}: input {', '.join(waiting.keys) or 'of any kind'}"
         case "sleep":
