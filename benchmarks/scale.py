@@ -226,13 +226,17 @@ def _start(store: SQLiteStorage, number: int) -> bool:
     return asyncio.run(executor.execute(graph, GOAL, {}, run_id=f"new-{number}-{time.time_ns()}")).success
 
 
-def measure(store: SQLiteStorage, runs: int, steps: int, rng: random.Random) -> dict[str, float]:
-    """Median seconds of each operation; every time on another run, in another part of the file."""
-    numbers = iter(rng.sample(range(runs), min(runs, 1000)))
+def measure(store: SQLiteStorage, runs: int, steps: int, rng: random.Random, used: set[int]) -> dict[str, float]:
+    """Median seconds of each operation; every time on another run, in another part of the file.
+
+    ``used`` are those that were asked of before, at a smaller size: some of them are deleted, others resumed or pruned.
+    """
+    numbers = iter([number for number in rng.sample(range(runs), min(runs, 2000)) if number not in used])
     found: dict[str, float] = {}
     for operation in operations(store, runs, steps):
         seconds = []
         for number in _fitting(numbers, operation.ending, REPEATS):
+            used.add(number)
             began = time.perf_counter()
             answer = operation.run(number)
             took = time.perf_counter() - began
@@ -269,6 +273,7 @@ def main() -> None:
             print(f"\r{time.monotonic() - began:5.0f} s  {what:<40}", end="", file=sys.stderr, flush=True)
 
     columns: list[dict[str, float]] = []
+    used: set[int] = set()
     facts: list[tuple[str, str, str]] = []
     with tempfile.TemporaryDirectory(prefix="surefoot-scale-", dir=given.folder) as folder:
         templates = {ending: template_of(Path(folder), given.steps, ending) for ending in ENDINGS}
@@ -282,9 +287,8 @@ def main() -> None:
             opening = time.perf_counter()
             with SQLiteStorage(path) as store:
                 opened = time.perf_counter() - opening
-                columns.append(
-                    {"open the store": opened, **measure(store, size, given.steps, random.Random(given.seed))}
-                )
+                found = measure(store, size, given.steps, random.Random(given.seed), used)
+                columns.append({"open the store": opened, **found})
             facts.append((f"{size:,}", f"{checkpoints:,}", f"{os.path.getsize(path) / 1e9:.2f} GB"))
         free = shutil.disk_usage(folder).free
     say("done")
