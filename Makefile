@@ -57,7 +57,7 @@ bench: $(READY) ## every workload for us, the raw stores and the peers; tables a
 	@"$(BIN)/python" benchmarks/compare.py $(BENCH_ARGS)
 
 .PHONY: bench-scale
-bench-scale: $(READY) ## 100,000 runs and 5 million checkpoints in one SQLite file (about 10 GB of disk for a while)
+bench-scale: $(READY) ## 100,000 runs and 5 million checkpoints in one SQLite file (about 4 GB of disk for a while)
 	@"$(BIN)/python" benchmarks/scale.py $(BENCH_ARGS)
 
 .PHONY: lint

@@ -1,6 +1,6 @@
 """One SQLite file with 100,000 runs and 5 million checkpoints: what listing, resuming and pruning cost as it grows.
 
-``make bench-scale`` runs it, in about ten minutes; ``--runs 1000`` is for a look. The rows are those of real runs: a
+``make bench-scale`` runs it, in some minutes; ``--runs 1000`` is for a look. The rows are those of real runs: a
 graph of ``--steps`` steps is executed once for each way a run can end, and its commits are written again under other
 ids through the store's own interface, many in one transaction. Every operation is measured several times at each
 size, on another run each time, through the same interface that the command line uses.
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=100_000, help="runs in the end (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="checkpoints of each run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="which runs are asked for")
-    parser.add_argument("--folder", type=Path, help="where the file goes, about 300 KB for a run of 50 steps")
+    parser.add_argument("--folder", type=Path, help="where the file goes, about 30 KB for a run of 50 steps")
     given = parser.parse_args()
     sizes = [size for size in (given.runs // 100, given.runs // 10, given.runs) if size >= 1000]
     if not sizes:
