@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import orjson
+import psycopg
 import pytest
 
 from tests import forks
+from tests.faults import zombies
 from tests.faults.catalogue import FAULTS
 from tests.faults.suite import Settings, tasks_of
 
@@ -146,3 +148,12 @@ def test_a_setting_that_is_not_known_is_refused() -> None:
     done = run(["-m", "tests.faults.suite"], FAULTS_ONLY="kils")
     assert done.returncode == 1
     assert "Unknown: kils" in done.stderr
+
+
+def test_a_transaction_that_stands_still_is_seen(postgres_url: str) -> None:
+    with psycopg.connect(postgres_url.partition("?")[0]) as client:
+        assert not zombies._stands_still(postgres_url)
+        client.execute("SELECT 1")
+        assert zombies._stands_still(postgres_url)
+        client.rollback()
+        assert not zombies._stands_still(postgres_url)

@@ -9,6 +9,7 @@ import signal
 import time
 from typing import Any
 
+from framework.storage.postgres_database import IDLE_TRANSACTION_SECONDS
 from tests.faults.bench import Case, Lab, at_point, die, now, stop
 from tests.faults.ledger import tenures
 from tests.faults.processes import Worker
@@ -60,7 +61,7 @@ def _stop_one(case: Case, inside: bool) -> None:
     fault = None
     if how != "finishes":
         fault = at_point(rng.choice(OUTSIDE), rng.randint(1, 4), stop if how == "is stopped too" else die)
-    taker, held_up = _taker(case, fault, zombie)
+    taker, held_up, transaction = _taker(case, fault, zombie)
     if held_up:
         return
     if taker is None:  # it was stopped when all was done: there is nothing to take over
@@ -68,7 +69,7 @@ def _stop_one(case: Case, inside: bool) -> None:
         case.take(zombie.result())
         case.finish()
         return
-    _failed_over(case, stopped)
+    _failed_over(case, stopped, transaction)
     if how == "is stopped too" and taker.wait_stopped():
         zombie.signal(signal.SIGCONT)  # the run is in the middle of its second owner's work
         if zombie.wait(HELD_UP_SECONDS):
@@ -91,31 +92,49 @@ def _stop_one(case: Case, inside: bool) -> None:
     case.finish()
 
 
-def _taker(case: Case, fault: Any, zombie: Worker) -> tuple[Worker | None, bool]:
+def _taker(case: Case, fault: Any, zombie: Worker) -> tuple[Worker | None, bool, bool]:
     """A worker that has claimed the run; those before it found it busy. None when the run is completed.
 
     And whether the stopped worker held everybody up: it may be that another thread of it was just writing. Locks of
-    files are then not free before it goes on or dies, which is how far a store in files can go; a server's are its own.
+    files are then not free before it goes on or dies, which is how far a store in files can go. A server ends a
+    transaction that stands still by itself, after ``IDLE_TRANSACTION_SECONDS``; the last of the three is whether it had
+    to.
     """
-    before = _claims(case)
+    before, transaction = _claims(case), False
     while True:
         begun = now()
         worker = case.start(elsewhere=True, fault=fault)
         while _claims(case) == before and not worker.wait(POLL_SECONDS):
-            if now() - begun > HELD_UP_SECONDS and not case.url.startswith("postgresql:"):
-                worker.kill()
-                worker.close()
-                case.lab.kills += 1
-                _held_up(case, zombie, case.start(elsewhere=True))
-                return None, True
+            if now() - begun <= HELD_UP_SECONDS:
+                continue
+            if case.url.startswith("postgresql:"):
+                transaction = transaction or _stands_still(case.url)
+                continue
+            worker.kill()
+            worker.close()
+            case.lab.kills += 1
+            _held_up(case, zombie, case.start(elsewhere=True))
+            return None, True, False
         if _claims(case) > before:
-            return worker, False
+            return worker, False, transaction
         result = worker.result()
         if result is not None and "success" in result:
-            return None, False
+            return None, False, False
         if result is None or result["raised"] != "RunBusy":
             case.fail(f"a second worker ended with {result} before it had the run")
         time.sleep(POLL_SECONDS)
+
+
+def _stands_still(url: str) -> bool:
+    """Whether the server waits for a client in the middle of a transaction of this database."""
+    import psycopg
+
+    with psycopg.connect(url.partition("?")[0], autocommit=True) as connection:
+        found = connection.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
+            "AND (state LIKE 'idle in transaction%' OR (state = 'active' AND wait_event = 'ClientRead'))"
+        ).fetchone()
+    return found is not None and found[0] > 0
 
 
 def _claims(case: Case) -> int:
@@ -131,11 +150,18 @@ def _until_free(case: Case) -> dict[str, Any] | None:
         time.sleep(POLL_SECONDS)
 
 
-def _failed_over(case: Case, stopped: float) -> None:
-    """The time from the owner's stop to the next owner's claim: at most the lease and one poll."""
-    seconds = now() - stopped
+def _failed_over(case: Case, stopped: float, transaction: bool) -> None:
+    """The time from the owner's stop to the next owner's claim: at most the lease and one poll.
+
+    If a thread of the owner was stopped in a transaction, a lease that is shorter than the server's patience with it
+    counts as that.
+    """
+    seconds, lease = now() - stopped, LEASE_SECONDS
     case.lab.notes["failovers"] += 1
-    if seconds > LEASE_SECONDS + POLL_SECONDS + SLACK_SECONDS:
+    if transaction:
+        case.lab.notes["stopped inside a transaction"] += 1
+        lease = max(lease, IDLE_TRANSACTION_SECONDS)
+    if seconds > lease + POLL_SECONDS + SLACK_SECONDS:
         case.fail(f"the run was taken over only {seconds:.2f} s after its owner was stopped")
 
 
