@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import psycopg
 import pytest
 
 from tests import forks
-from tests.faults import zombies
+from tests.faults import torn, zombies
 from tests.faults.catalogue import FAULTS
 from tests.faults.suite import Settings, tasks_of
 
@@ -157,3 +158,18 @@ def test_a_transaction_that_stands_still_is_seen(postgres_url: str) -> None:
         assert zombies._stands_still(postgres_url)
         client.rollback()
         assert not zombies._stands_still(postgres_url)
+
+
+def test_what_of_a_log_is_in_the_file_already_is_known(tmp_path: Path) -> None:
+    database = sqlite3.connect(tmp_path / "runs.db", isolation_level=None)
+    for statement in ("PRAGMA journal_mode = WAL", "PRAGMA wal_autocheckpoint = 0", "CREATE TABLE t (a)"):
+        database.execute(statement)
+    database.execute("INSERT INTO t VALUES (randomblob(30000))")
+    log = tmp_path / "runs.db-wal"
+    assert torn._folded_in(tmp_path) == 0
+    database.execute("PRAGMA wal_checkpoint(PASSIVE)")
+    assert torn._folded_in(tmp_path) == log.stat().st_size > 30_000
+    database.execute("INSERT INTO t VALUES (1)")
+    assert torn._folded_in(tmp_path) == 0, "the log began anew"
+    database.close()
+    assert torn._folded_in(tmp_path) == 0

@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import stat
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tests.faults.syscalls import SYNCS, Call, Verdict, kill_at, run_watched
 from tests.faults.work import WORKS
 
 SECTOR_BYTES = 512
+WAL_HEADER_BYTES = 32
 MOST_LIVES = 5
 
 
@@ -154,7 +156,8 @@ def cut_files(lab: Lab, backend: str, size: int) -> None:
     """``size`` times: the newest file of a killed worker's store cut off at some length.
 
     SQLite's log is found with all whole transactions before the cut; a file that was cut is reported. Each store that
-    then says it is whole must let the run end as ever.
+    then says it is whole must let the run end as ever. What SQLite has begun to fold into its file it had synced
+    before: no torn write takes that away, and the two would not fit together any more.
     """
     for number in range(size):
         folder = lab.folder / f"cut{number}"
@@ -167,14 +170,32 @@ def cut_files(lab: Lab, backend: str, size: int) -> None:
         whole = case.check(store_url(backend, copy)).log
         shutil.rmtree(copy)
         victim = folder / "runs.db-wal" if backend == "sqlite" else _newest(folder)
-        if victim.exists() and victim.stat().st_size:
-            length = lab.rng.randrange(victim.stat().st_size)
+        whole_bytes = victim.stat().st_size if victim.exists() else 0
+        least = _folded_in(folder) if backend == "sqlite" else 0
+        if least:
+            lab.notes["killed while it folded the log in"] += 1
+        if whole_bytes > least:
+            length = lab.rng.randrange(least, whole_bytes)
             os.truncate(victim, length)
             case.story.append(f"{victim.name} cut to {length} bytes")
             lab.notes["files cut"] += 1
             _check_cut(case, backend, whole)
         shutil.rmtree(folder)
         case.ledger.unlink(missing_ok=True)
+
+
+def _folded_in(folder: Path) -> int:
+    """How many bytes of SQLite's log a checkpoint has written to the file, or had begun to when the process died.
+
+    The index of the log tells how many frames, in the field ``nBackfillAttempted`` (https://www.sqlite.org/walformat.html,
+    2.1), and the log's header the size of a page.
+    """
+    log, index = folder / "runs.db-wal", folder / "runs.db-shm"
+    if not index.exists() or not log.exists() or log.stat().st_size < WAL_HEADER_BYTES:
+        return 0
+    frames = int.from_bytes(index.read_bytes()[128:132], sys.byteorder)
+    page = int.from_bytes(log.read_bytes()[8:12], "big")
+    return WAL_HEADER_BYTES + frames * (24 + page) if frames else 0
 
 
 def _newest(folder: Path) -> Path:
