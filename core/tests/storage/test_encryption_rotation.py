@@ -172,7 +172,7 @@ def test_damage_keeps_its_key_and_is_told(inner: Storage) -> None:
     store = EncryptedStorage(inner, FIRST)
     fill(store, "r1")
     found = next(each for each in inner.read_contents("r1") if each.place.kind == "message")
-    inner.replace_contents([(found, found.data[:-1] + b"?")])
+    inner.replace_contents([(found, found.data[:-1] + bytes([found.data[-1] ^ 1]))])
     done = EncryptedStorage(inner, RING).rotate_keys()
     assert [damage.problem for damage in done.damage] == [
         "Message 'one' of run 'r1' does not decrypt: it was altered, or is not in its place."
